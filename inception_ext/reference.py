@@ -1,0 +1,158 @@
+"""Every op of this package in plain PyTorch, with the signature of its fused counterpart.
+
+These functions are the definition of what the kernels compute, the path for whatever the kernels
+do not take (float64, second derivatives, functorch transforms, ...), and the oracle of the tests.
+Activations are ``[N, C, H, W]`` in any memory format and any floating dtype.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["aux_pool", "batch_norm_relu", "conv_bn_relu", "inception", "lrn", "max_pool"]
+
+
+def max_pool(
+    x: Tensor,
+    kernel_size: int,
+    stride: int,
+    padding: int = 0,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Largest value of each window: ``[N, C, H, W]`` -> ``[N, C, P, Q]``.
+
+    ``P = (H + 2 * padding - kernel_size) / stride + 1``, rounded down or, with ``ceil_mode``, up
+    (a last window that would start beyond the input and its left padding is dropped); Q likewise.
+    NaN wins over every number; of equal values the first in row-major order gets the gradient.
+    """
+    return F.max_pool2d(x, kernel_size, stride, padding, ceil_mode=ceil_mode)
+
+
+def batch_norm_relu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """``relu((x - mean) / sqrt(var + eps) * weight + bias)``, per channel.
+
+    With ``training`` the mean and the biased variance are those of the batch, and the running
+    statistics (where given) move in place: ``running += momentum * (batch - running)``, with the
+    unbiased variance. Without, the running statistics are used as they are.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        weight, bias, running_mean, running_var: ``[C]`` or None.
+        momentum: a number; a module's ``momentum=None`` (cumulative average) is resolved by the
+            caller to ``1 / num_batches_tracked``.
+
+    Raises:
+        ValueError: ``training`` and one value per channel, of which there is no variance.
+    """
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return F.relu(y)
+
+
+def conv_bn_relu(
+    x: Tensor,
+    conv_weight: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    stride: int = 1,
+    padding: int = 0,
+) -> Tensor:
+    """:func:`batch_norm_relu` of a convolution with ``conv_weight`` ``[K, C, R, S]``, no bias."""
+    y = F.conv2d(x, conv_weight, None, stride, padding)
+    return batch_norm_relu(y, weight, bias, running_mean, running_var, training, momentum, eps)
+
+
+def inception(
+    x: Tensor,
+    conv_weights: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    running_means: Sequence[Tensor | None],
+    running_vars: Sequence[Tensor | None],
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """The Inception module: four branches of x, concatenated along the channels.
+
+    Each list holds six entries, one a convolution, in this order::
+
+        0  branch1     1x1 of x                   -> output
+        1  branch2.0   1x1 of x                   -> 2
+        2  branch2.1   3x3 of 1                   -> output
+        3  branch3.0   1x1 of x                   -> 4
+        4  branch3.1   3x3 or 5x5 of 3            -> output
+        5  branch4.1   1x1 of max_pool(x, 3, 1)   -> output
+
+    Args:
+        x: ``[N, C, H, W]``.
+        conv_weights: ``[K_i, C_i, R_i, R_i]``; the padding is ``R_i // 2``.
+        weights, biases, running_means, running_vars: of the batch normalisations, ``[K_i]``.
+        training, momentum, eps: as in :func:`batch_norm_relu`, the same for all six.
+
+    Returns:
+        ``[N, K_0 + K_2 + K_4 + K_5, H, W]``.
+    """
+
+    def conv(i: int, y: Tensor) -> Tensor:
+        return conv_bn_relu(
+            y,
+            conv_weights[i],
+            weights[i],
+            biases[i],
+            running_means[i],
+            running_vars[i],
+            training,
+            momentum,
+            eps,
+            padding=conv_weights[i].shape[-1] // 2,
+        )
+
+    pooled = max_pool(x, 3, 1, padding=1, ceil_mode=True)
+    return torch.cat([conv(0, x), conv(2, conv(1, x)), conv(4, conv(3, x)), conv(5, pooled)], 1)
+
+
+def lrn(
+    x: Tensor, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> Tensor:
+    """Local response normalisation across channels (Krizhevsky et al., 2012, section 3.3).
+
+    ``y[c] = x[c] / (k + alpha / size * sum(x[j] ** 2)) ** beta`` with j over the ``size`` channels
+    centred on c, those beyond the ends counting as zero.
+    """
+    return F.local_response_norm(x, size, alpha, beta, k)
+
+
+def aux_pool(x: Tensor, output_size: int = 4) -> Tensor:
+    """Adaptive average pool, ``[N, C, H, W]`` -> ``[N, C, output_size, output_size]``.
+
+    Cell i averages rows ``floor(i * H / output_size)`` up to ``ceil((i + 1) * H / output_size)``;
+    columns likewise. Written as one mean a cell, so that its backward has no atomics and is
+    deterministic on every device.
+    """
+
+    def windows(length: int) -> list[slice]:
+        return [
+            slice(i * length // output_size, -(-(i + 1) * length // output_size))
+            for i in range(output_size)
+        ]
+
+    cells = [
+        x[..., r, c].mean((-2, -1)) for r in windows(x.shape[-2]) for c in windows(x.shape[-1])
+    ]
+    return torch.stack(cells, -1).unflatten(-1, (output_size, output_size))
