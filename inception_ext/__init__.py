@@ -1,0 +1,25 @@
+"""GoogLeNet (Inception v1) in a few fused kernels, a drop-in for torchvision's."""
+
+from inception_ext._version import __version__
+from inception_ext.googlenet import (
+    GoogLeNet,
+    GoogLeNet_Weights,
+    GoogLeNetOutputs,
+    _GoogLeNetOutputs,
+    googlenet,
+)
+from inception_ext.losses import GoogLeNetLoss
+from inception_ext.modules import BasicConv2d, Inception, InceptionAux
+
+__all__ = [
+    "BasicConv2d",
+    "GoogLeNet",
+    "GoogLeNetLoss",
+    "GoogLeNetOutputs",
+    "GoogLeNet_Weights",
+    "Inception",
+    "InceptionAux",
+    "_GoogLeNetOutputs",
+    "__version__",
+    "googlenet",
+]
