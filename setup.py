@@ -132,6 +132,11 @@ def default_jobs() -> int:
     return max(1, min(cores, by_memory))
 
 
+def define(name: str, text: str) -> str:
+    """A preprocessor definition of a string literal, quoted for the shell."""
+    return f'-D{name}=\\"{text}\\"'
+
+
 def ninja_quote(text: object) -> str:
     """Escapes a path for a ninja build statement."""
     return re.sub(r"([$ :])", r"$\1", str(text))
@@ -169,14 +174,14 @@ class NinjaBuild(build_ext):
         defines = [
             "-DPy_LIMITED_API=0x030a0000",
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-            f"-DINCEPTION_EXT_VERSION={self.distribution.get_version()}",
-            f"-DINCEPTION_EXT_TORCH_VERSION={torch.__version__}",
+            define("INCEPTION_EXT_VERSION", self.distribution.get_version()),
+            define("INCEPTION_EXT_TORCH_VERSION", torch.__version__),
         ]
         libraries = [f"-L{torch_root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
         if cuda:
             defines += [
-                f"-DINCEPTION_EXT_CUDA_VERSION={cuda.version}",
-                f"-DINCEPTION_EXT_ARCHITECTURES={','.join(cuda.targets(architectures))}",
+                define("INCEPTION_EXT_CUDA_VERSION", cuda.version),
+                define("INCEPTION_EXT_ARCHITECTURES", ",".join(cuda.targets(architectures))),
             ]
             includes.append(f"-isystem {cuda.home / 'include'}")
             library_dir = cuda.home / "lib64"

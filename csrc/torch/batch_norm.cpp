@@ -1,0 +1,204 @@
+#include "torch/batch_norm.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "cpu/batch_norm.h"
+#include "torch/cpu_kernels.h"
+
+namespace inception_ext {
+namespace {
+
+Tensor as_float32(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous()
+             ? tensor
+             : torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Float));
+}
+
+void check_vector(const char* op, const char* name, const Tensor& tensor, int64_t channels) {
+  Argument{op, name, tensor}
+      .is_dense_of(/*cuda=*/false)
+      .has_shape({channels})
+      .has_dtype({ScalarType::Float, ScalarType::BFloat16});
+}
+
+cpu::DType kernel_dtype(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 ? cpu::DType::kBFloat16 : cpu::DType::kFloat32;
+}
+
+std::vector<float> workspace(const Pixels& x) {
+  return std::vector<float>(cpu::batch_norm_workspace(x.count, x.channels));
+}
+
+}  // namespace
+
+Parameter::Parameter(const char* op, const char* name, const Tensor& tensor, int64_t channels)
+    : values_((check_vector(op, name, tensor, channels), as_float32(tensor))) {}
+
+RunningStatistic::RunningStatistic(const char* op, const char* name, const Tensor& tensor,
+                                   int64_t channels)
+    : tensor_(tensor), values_((check_vector(op, name, tensor, channels), as_float32(tensor))) {}
+
+void RunningStatistic::write_back() {
+  if (values_.data_ptr() != tensor_.data_ptr()) torch::stable::copy_(tensor_, values_);
+}
+
+void batch_norm_statistics_pixels(const Pixels& x, ScalarType dtype, float* mean, float* m2) {
+  std::vector<float> space = workspace(x);
+  cpu::batch_norm_statistics({.x = x.data,
+                              .x_stride = x.stride,
+                              .dtype = kernel_dtype(dtype),
+                              .pixels = x.count,
+                              .channels = x.channels,
+                              .mean = mean,
+                              .m2 = m2,
+                              .workspace = space.data(),
+                              .parallel = torch_threads});
+}
+
+void batch_norm_relu_apply_pixels(const Pixels& x, const Pixels& y, ScalarType dtype,
+                                  const Statistics& statistics, const BatchNorm& bn) {
+  cpu::batch_norm_relu_apply({.x = x.data,
+                              .x_stride = x.stride,
+                              .y = y.data,
+                              .y_stride = y.stride,
+                              .dtype = kernel_dtype(dtype),
+                              .pixels = x.count,
+                              .channels = x.channels,
+                              .mean = statistics.mean,
+                              .rstd = statistics.rstd,
+                              .gamma = bn.weight.data(),
+                              .beta = bn.bias.data(),
+                              .parallel = torch_threads});
+}
+
+void batch_norm_relu_backward_pixels(const Pixels& grad, const Pixels& x, const Pixels& dx,
+                                     ScalarType dtype, const Statistics& statistics,
+                                     const BatchNorm& bn, bool training, float* sum_dy,
+                                     float* sum_dy_xhat) {
+  std::vector<float> space = workspace(x);
+  cpu::batch_norm_relu_backward_reduce({.x = x.data,
+                                        .x_stride = x.stride,
+                                        .dy = grad.data,
+                                        .dy_stride = grad.stride,
+                                        .dtype = kernel_dtype(dtype),
+                                        .pixels = x.count,
+                                        .channels = x.channels,
+                                        .mean = statistics.mean,
+                                        .rstd = statistics.rstd,
+                                        .gamma = bn.weight.data(),
+                                        .beta = bn.bias.data(),
+                                        .sum_dy = sum_dy,
+                                        .sum_dy_xhat = sum_dy_xhat,
+                                        .workspace = space.data(),
+                                        .parallel = torch_threads});
+  cpu::batch_norm_relu_backward_apply({.x = x.data,
+                                       .x_stride = x.stride,
+                                       .dy = grad.data,
+                                       .dy_stride = grad.stride,
+                                       .dx = dx.data,
+                                       .dx_stride = dx.stride,
+                                       .dtype = kernel_dtype(dtype),
+                                       .pixels = x.count,
+                                       .channels = x.channels,
+                                       .mean = statistics.mean,
+                                       .rstd = statistics.rstd,
+                                       .gamma = bn.weight.data(),
+                                       .beta = bn.bias.data(),
+                                       .batch_statistics = training,
+                                       .sum_dy = sum_dy,
+                                       .sum_dy_xhat = sum_dy_xhat,
+                                       .parallel = torch_threads});
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(Tensor x, Tensor weight, Tensor bias,
+                                                           Tensor running_mean, Tensor running_var,
+                                                           bool training, double momentum,
+                                                           double eps) {
+  static constexpr const char* op = "batch_norm_relu_forward";
+  const NoGrad no_grad;
+  Argument{op, "x", x}
+      .is_dense_of(/*cuda=*/false)
+      .has_dim(4)
+      .has_dtype({ScalarType::Float, ScalarType::BFloat16});
+  const int64_t channels = x.size(1);
+  const Parameter gamma(op, "weight", weight, channels);
+  const Parameter beta(op, "bias", bias, channels);
+  RunningStatistic mean_running(op, "running_mean", running_mean, channels);
+  RunningStatistic var_running(op, "running_var", running_var, channels);
+
+  Tensor y = empty_nhwc(x, x.size(0), channels, x.size(2), x.size(3));
+  Tensor mean = empty_vector(x, channels, ScalarType::Float);
+  Tensor rstd = empty_vector(x, channels, ScalarType::Float);
+  const Statistics statistics{static_cast<float*>(mean.data_ptr()),
+                              static_cast<float*>(rstd.data_ptr())};
+  const Tensor input = by_pixels(x);
+  const Pixels pixels(input);
+  if (training) {
+    std::vector<float> m2(channels);
+    batch_norm_statistics_pixels(pixels, x.scalar_type(), statistics.mean, m2.data());
+    cpu::batch_norm_finalize({.mean = statistics.mean,
+                              .m2 = m2.data(),
+                              .count = pixels.count,
+                              .channels = channels,
+                              .eps = eps,
+                              .momentum = momentum,
+                              .rstd = statistics.rstd,
+                              .running_mean = mean_running.data(),
+                              .running_var = var_running.data()});
+    mean_running.write_back();
+    var_running.write_back();
+  } else {
+    std::copy_n(mean_running.data(), channels, statistics.mean);
+    cpu::batch_norm_rstd({.running_var = var_running.data(),
+                          .channels = channels,
+                          .eps = eps,
+                          .rstd = statistics.rstd});
+  }
+  batch_norm_relu_apply_pixels(pixels, Pixels(y), x.scalar_type(), statistics, {gamma, beta});
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(Tensor grad, Tensor x, Tensor weight,
+                                                            Tensor bias, Tensor mean, Tensor rstd,
+                                                            bool training) {
+  static constexpr const char* op = "batch_norm_relu_backward";
+  const NoGrad no_grad;
+  Argument{op, "x", x}
+      .is_dense_of(/*cuda=*/false)
+      .has_dim(4)
+      .has_dtype({ScalarType::Float, ScalarType::BFloat16});
+  const int64_t channels = x.size(1);
+  Argument{op, "grad", grad}
+      .is_dense_of(/*cuda=*/false)
+      .has_shape({x.size(0), channels, x.size(2), x.size(3)})
+      .has_dtype({x.scalar_type()});
+  Argument{op, "mean", mean}.has_shape({channels}).has_dtype({ScalarType::Float});
+  Argument{op, "rstd", rstd}.has_shape({channels}).has_dtype({ScalarType::Float});
+  const Parameter gamma(op, "weight", weight, channels);
+  const Parameter beta(op, "bias", bias, channels);
+
+  Tensor dx = empty_nhwc(x, x.size(0), channels, x.size(2), x.size(3));
+  Tensor dweight = empty_vector(x, channels, ScalarType::Float);
+  Tensor dbias = empty_vector(x, channels, ScalarType::Float);
+  const Tensor input = by_pixels(x);
+  const Tensor gradient = by_pixels(grad);
+  batch_norm_relu_backward_pixels(
+      Pixels(gradient), Pixels(input), Pixels(dx), x.scalar_type(),
+      {static_cast<float*>(mean.data_ptr()), static_cast<float*>(rstd.data_ptr())}, {gamma, beta},
+      training, static_cast<float*>(dbias.data_ptr()), static_cast<float*>(dweight.data_ptr()));
+  return {dx, torch::stable::to(dweight, weight.scalar_type()),
+          torch::stable::to(dbias, bias.scalar_type())};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(inception_ext, CPU, m) {
+  m.impl("batch_norm_relu_forward", TORCH_BOX(&batch_norm_relu_forward));
+  m.impl("batch_norm_relu_backward", TORCH_BOX(&batch_norm_relu_backward));
+}
+
+}  // namespace inception_ext

@@ -1,0 +1,30 @@
+// Convolutions of the CPU path: oneDNN's, called through torch's dispatcher.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <tuple>
+
+namespace inception_ext {
+
+using torch::stable::Tensor;
+
+// x [N, C, H, W], weight [K, C, R, R] -> [N, K, H, W]: stride 1, padding that keeps H and W.
+Tensor convolution_same(const Tensor& x, const Tensor& weight);
+
+struct ConvolutionGradients {
+  Tensor input;   // undefined unless asked for
+  Tensor weight;  // undefined unless asked for
+};
+
+// Gradients of convolution_same.
+ConvolutionGradients convolution_same_backward(const Tensor& grad, const Tensor& x,
+                                               const Tensor& weight, bool needs_input,
+                                               bool needs_weight);
+
+// Concatenation along dimension 0 ([K, C, 1, 1] weights of several 1x1 convolutions).
+Tensor concatenate(const std::vector<Tensor>& tensors);
+
+}  // namespace inception_ext

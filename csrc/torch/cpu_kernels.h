@@ -1,0 +1,43 @@
+// What every op needs to call the kernels under csrc/cpu.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/dtype.h"
+#include "cpu/parallel.h"
+#include "torch/checks.h"
+
+namespace inception_ext {
+
+// torch's own threads.
+inline void torch_threads(int64_t begin, int64_t end, int64_t grain, cpu::ParallelBody body,
+                          void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+}
+
+inline cpu::DType cpu_dtype(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16:
+      return cpu::DType::kBFloat16;
+    case ScalarType::Byte:
+      return cpu::DType::kUInt8;
+    default:
+      return cpu::DType::kFloat32;
+  }
+}
+
+// Ops may be called with parameters that require gradients; autograd is the caller's business.
+class NoGrad {
+ public:
+  NoGrad() : was_enabled_(aoti_torch_grad_mode_is_enabled()) {
+    aoti_torch_grad_mode_set_enabled(false);
+  }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(was_enabled_); }
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  bool was_enabled_;
+};
+
+}  // namespace inception_ext
