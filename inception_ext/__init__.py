@@ -1,6 +1,8 @@
 """GoogLeNet (Inception v1) in a few fused kernels, a drop-in for torchvision's."""
 
 from inception_ext._version import __version__
+from inception_ext.bvlc import BVLCGoogLeNet, bvlc_googlenet
+from inception_ext.convert import LoadReport, accelerate, load_compatible, restore
 from inception_ext.googlenet import (
     GoogLeNet,
     GoogLeNet_Weights,
@@ -12,6 +14,7 @@ from inception_ext.losses import GoogLeNetLoss
 from inception_ext.modules import BasicConv2d, Inception, InceptionAux
 
 __all__ = [
+    "BVLCGoogLeNet",
     "BasicConv2d",
     "GoogLeNet",
     "GoogLeNetLoss",
@@ -19,7 +22,12 @@ __all__ = [
     "GoogLeNet_Weights",
     "Inception",
     "InceptionAux",
+    "LoadReport",
     "_GoogLeNetOutputs",
     "__version__",
+    "accelerate",
+    "bvlc_googlenet",
     "googlenet",
+    "load_compatible",
+    "restore",
 ]
