@@ -123,7 +123,7 @@ class GoogLeNet(nn.Module):
 
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.dropout = nn.Dropout(p=dropout)
-        self.fc = nn.Linear(self.num_features, num_classes)
+        self.fc: nn.Module = nn.Linear(self.num_features, num_classes)
 
         if init_weights:
             self._init_weights(self)
@@ -201,7 +201,9 @@ class GoogLeNet(nn.Module):
         return self.forward_head(x), aux2, aux1
 
     @torch.jit.unused
-    def eager_outputs(self, x: Tensor, aux2: Tensor, aux1: Tensor | None) -> GoogLeNetOutputs:
+    def eager_outputs(
+        self, x: Tensor, aux2: Tensor | None, aux1: Tensor | None
+    ) -> GoogLeNetOutputs:
         """All three in training with ``aux_logits``, otherwise the logits alone."""
         if self.training and self.aux_logits:
             return GoogLeNetOutputs(x, aux2, aux1)

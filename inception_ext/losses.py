@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ class GoogLeNetLoss(nn.Module):
         self, aux_weight: float = 0.3, criterion: Callable[[Tensor, Any], Tensor] | None = None
     ) -> None:
         super().__init__()
-        if not isinstance(aux_weight, Real) or isinstance(aux_weight, bool):
+        if not isinstance(aux_weight, int | float) or isinstance(aux_weight, bool):
             raise TypeError(f"aux_weight should be a number instead of {aux_weight!r}")
         if not math.isfinite(aux_weight) or aux_weight < 0:
             raise ValueError(

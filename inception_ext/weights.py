@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -195,7 +195,7 @@ class GoogLeNet_Weights(Enum):
         return self.value.meta
 
 
-def is_checkpoint_path(weights: Any) -> bool:
+def is_checkpoint_path(weights: object) -> TypeGuard[str | os.PathLike[str]]:
     """Whether a ``weights`` argument means a file: a path-like, a name ending in .pth or .pt, or
     the name of a file that exists. Names of weights come first."""
     if isinstance(weights, os.PathLike):
