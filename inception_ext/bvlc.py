@@ -25,7 +25,7 @@ class ConvReLU(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.conv(x), inplace=True)
+        return F.relu(self.conv(x))
 
 
 @torch.fx.wrap
