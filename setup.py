@@ -153,7 +153,7 @@ class NinjaBuild(build_ext):
         architectures = cuda.architectures() if cuda else []
         sources = [ROOT / s for s in ext.sources if cuda or not s.endswith(".cu")]
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = Path(self.build_temp).resolve()
+        build_dir = ROOT / "build" / "ninja"  # kept, so that a second build compiles only what changed
         build_dir.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         jobs = int(os.environ.get("MAX_JOBS") or default_jobs())
@@ -214,8 +214,8 @@ class NinjaBuild(build_ext):
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
             lines.append(f"build {ninja_quote(obj)}: {rule} {ninja_quote(source)}")
             objects.append(ninja_quote(obj))
-        lines.append(f"build {ninja_quote(output)}: link {' '.join(objects)}")
-        lines.append(f"default {ninja_quote(output)}\n")
+        library = build_dir / output.name
+        lines.append(f"build {ninja_quote(library)}: link {' '.join(objects)}\n")
         (build_dir / "build.ninja").write_text("\n".join(lines))
 
         command = [sys.executable, "-m", "ninja", "-C", str(build_dir), "-j", str(jobs)]
@@ -223,6 +223,7 @@ class NinjaBuild(build_ext):
             command.append("-v")
         if subprocess.run(command).returncode:
             raise BuildError("the compiler failed; its message stands above")
+        shutil.copyfile(library, output)
 
 
 def sources() -> "list[str]":

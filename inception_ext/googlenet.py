@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from inception_ext._checkpoint import load_strict, read_state_dict
 from inception_ext._legacy import legacy_weights_interface
-from inception_ext.modules import BasicConv2d, Inception, InceptionAux
+from inception_ext.modules import BasicConv2d, Inception, InceptionAux, max_pool
 from inception_ext.weights import GoogLeNet_Weights, is_checkpoint_path
 
 __all__ = ["GoogLeNet", "GoogLeNetOutputs", "GoogLeNet_Weights", "googlenet"]
@@ -151,13 +151,13 @@ class GoogLeNet(nn.Module):
 
     def _to_4a(self, x: Tensor) -> Tensor:
         x = self.conv1(x)  # [N, 64, 112, 112] for 224 x 224 images
-        x = self.maxpool1(x)  # [N, 64, 56, 56]
+        x = self.maxpool1(x) if torch.jit.is_scripting() else max_pool(self.maxpool1, x)  # [N, 64, 56, 56]
         x = self.conv2(x)
         x = self.conv3(x)  # [N, 192, 56, 56]
-        x = self.maxpool2(x)  # [N, 192, 28, 28]
+        x = self.maxpool2(x) if torch.jit.is_scripting() else max_pool(self.maxpool2, x)  # [N, 192, 28, 28]
         x = self.inception3a(x)
         x = self.inception3b(x)  # [N, 480, 28, 28]
-        x = self.maxpool3(x)  # [N, 480, 14, 14]
+        x = self.maxpool3(x) if torch.jit.is_scripting() else max_pool(self.maxpool3, x)  # [N, 480, 14, 14]
         return self.inception4a(x)  # [N, 512, 14, 14]
 
     def _to_4d(self, x: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class GoogLeNet(nn.Module):
 
     def _to_5b(self, x: Tensor) -> Tensor:
         x = self.inception4e(x)  # [N, 832, 14, 14]
-        x = self.maxpool4(x)  # [N, 832, 7, 7]
+        x = self.maxpool4(x) if torch.jit.is_scripting() else max_pool(self.maxpool4, x)  # [N, 832, 7, 7]
         x = self.inception5a(x)
         return self.inception5b(x)  # [N, 1024, 7, 7]
 

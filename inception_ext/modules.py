@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inception_ext import reference
+from inception_ext import functional, reference
+from inception_ext.functional import why_module_reference, why_reference
 
 __all__ = ["BasicConv2d", "Inception", "InceptionAux"]
 
@@ -31,8 +32,40 @@ class BasicConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
-        x = self.bn(x)
-        return F.relu(x, inplace=True)
+        if torch.jit.is_scripting():
+            return F.relu(self.bn(x))
+        else:  # the compiler of TorchScript leaves this branch alone
+            return _batch_norm_relu(self.bn, x)
+
+
+def _batch_norm_relu(bn: nn.Module, x: Tensor) -> Tensor:
+    if why_reference(x) is not None or _why_batch_norm_reference(bn) is not None:
+        return F.relu(bn(x))  # not in place: backward hooks on bn forbid it, forward hooks keep x
+    if bn.training:
+        bn.num_batches_tracked.add_(1)
+    return functional.batch_norm_relu(
+        x,
+        bn.weight,
+        bn.bias,
+        bn.running_mean,
+        bn.running_var,
+        bn.training,
+        bn.momentum,
+        bn.eps,
+    )
+
+
+def _why_batch_norm_reference(bn: nn.Module) -> str | None:
+    reason = why_module_reference(bn, nn.BatchNorm2d)
+    if reason is not None:
+        return reason
+    if bn.weight is None:
+        return "BatchNorm2d without affine parameters"
+    if bn.running_mean is None:
+        return "BatchNorm2d without running statistics"
+    if bn.momentum is None:
+        return "BatchNorm2d with momentum=None"
+    return None
 
 
 class Inception(nn.Module):
@@ -106,7 +139,98 @@ class Inception(nn.Module):
         return [self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)]
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat(self._forward(x), 1)
+        if torch.jit.is_scripting():
+            return torch.cat(self._forward(x), 1)
+        else:
+            return _inception(self, x)
+
+    def extra_repr(self) -> str:
+        reason = functional.why_unavailable() or why_block_reference(self)
+        return "fused" if reason is None else f"not fused: {reason}"
+
+
+def _inception(block: Inception, x: Tensor) -> Tensor:
+    if why_reference(x) is not None or why_block_reference(block) is not None:
+        return torch.cat(block._forward(x), 1)
+    blocks = _conv_blocks(block)
+    bns = [conv_block.bn for conv_block in blocks]
+    training = bns[0].training
+    if training:
+        torch._foreach_add_([bn.num_batches_tracked for bn in bns], 1)
+    return functional.inception(
+        x,
+        [conv_block.conv.weight for conv_block in blocks],
+        [bn.weight for bn in bns],
+        [bn.bias for bn in bns],
+        [bn.running_mean for bn in bns],
+        [bn.running_var for bn in bns],
+        training,
+        bns[0].momentum,
+        bns[0].eps,
+    )
+
+
+def _conv_blocks(block: Inception) -> list[Any]:
+    """The six convolution blocks, in the order of :func:`inception_ext.functional.inception`."""
+    return [block.branch1, *block.branch2, *block.branch3, block.branch4[1]]
+
+
+def why_block_reference(block: Inception) -> str | None:
+    """Why an Inception module does not run as one op, or None."""
+    if type(block)._forward is not Inception._forward or "_forward" in block.__dict__:
+        return f"{type(block).__name__} has its own _forward"
+    for sequence in (block.branch2, block.branch3, block.branch4):
+        if (reason := why_module_reference(sequence, nn.Sequential)) is not None:
+            return reason
+        if len(sequence) != 2:
+            return f"a branch of {len(sequence)} modules, not 2"
+    pool = block.branch4[0]
+    if (reason := why_module_reference(pool, nn.MaxPool2d)) is not None:
+        return reason
+    if (pool.kernel_size, pool.stride, pool.padding, pool.dilation) != (3, 1, 1, 1):
+        return "a pool other than 3x3, stride 1, padding 1"
+    first = None
+    for conv_block in _conv_blocks(block):
+        if (reason := why_module_reference(conv_block, BasicConv2d)) is not None:
+            return reason
+        conv, bn = conv_block.conv, conv_block.bn
+        if (reason := why_module_reference(conv, nn.Conv2d)) is not None:
+            return reason
+        if not _is_plain(conv):
+            return "a convolution with bias, stride, dilation, groups or unusual padding"
+        if (reason := _why_batch_norm_reference(bn)) is not None:
+            return reason
+        settings = (bn.training, bn.momentum, bn.eps)
+        first = settings if first is None else first
+        if settings != first:
+            return "batch norms that differ in training, momentum or eps"
+    return None
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether all that matters of a convolution is its weight."""
+    r = conv.kernel_size[0]
+    return (
+        conv.bias is None
+        and conv.stride == (1, 1)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and conv.padding == (r // 2, r // 2)
+    )
+
+
+def max_pool(pool: nn.Module, x: Tensor) -> Tensor:
+    """Calls an ``nn.MaxPool2d`` through the kernels where they can stand in for it."""
+    if (
+        torch.jit.is_scripting()
+        or why_module_reference(pool, nn.MaxPool2d) is not None
+        or functional.why_pool_reference(x, pool.kernel_size, pool.stride) is not None
+        or pool.dilation != 1
+        or pool.return_indices
+    ):
+        return pool(x)
+    return functional.max_pool(x, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
 
 
 class InceptionAux(nn.Module):
@@ -146,7 +270,7 @@ class InceptionAux(nn.Module):
         x = self._pool(x)  # [N, in_channels, 4, 4]
         x = self.conv(x)  # [N, 128, 4, 4]
         x = torch.flatten(x, 1)  # [N, 2048]
-        x = F.relu(self.fc1(x), inplace=True)  # [N, 1024]
+        x = F.relu(self.fc1(x))  # [N, 1024]
         x = self.dropout(x)
         return self.fc2(x)
 

@@ -30,29 +30,29 @@ constexpr std::array<Conv, 3> kMerged = {kBranch1, kReduce3x3, kReduce5x5};
 constexpr std::array<Conv, kConvs> kStatisticsOrder = {kBranch1, kReduce3x3, kReduce5x5,
                                                        kConv3x3, kConv5x5,   kPoolProjection};
 
-// Channel counts and offsets of one module, read off its weights [K, C, R, R].
+// Channel counts and offsets of one module, read off its conv_weights [K, C, R, R].
 struct Layout {
-  Layout(const char* op, const Tensor& x, const std::vector<Tensor>& weights) {
+  Layout(const char* op, const Tensor& x, const std::vector<Tensor>& conv_weights) {
     static constexpr int64_t any = 0;
     static constexpr std::array<int64_t, kConvs> sizes = {1, 1, 3, 1, any, 1};
     Argument{op, "x", x}
         .is_dense_of(/*cuda=*/false)
         .has_dim(4)
         .has_dtype({ScalarType::Float, ScalarType::BFloat16});
-    if (weights.size() != kConvs) {
-      fail(op, "weights", "expected 6 tensors, got ", weights.size());
+    if (conv_weights.size() != kConvs) {
+      fail(op, "conv_weights", "expected 6 tensors, got ", conv_weights.size());
     }
     for (int conv = 0; conv < kConvs; ++conv) {
-      const std::string name = "weights[" + std::to_string(conv) + "]";
-      const Argument weight{op, name.c_str(), weights[conv]};
+      const std::string name = "conv_weights[" + std::to_string(conv) + "]";
+      const Argument weight{op, name.c_str(), conv_weights[conv]};
       weight.is_dense_of(/*cuda=*/false).has_dim(4).has_dtype({x.scalar_type()});
-      channels[conv] = weights[conv].size(0);
-      const Tensor& input = conv == kConv3x3   ? weights[kReduce3x3]
-                            : conv == kConv5x5 ? weights[kReduce5x5]
+      channels[conv] = conv_weights[conv].size(0);
+      const Tensor& input = conv == kConv3x3   ? conv_weights[kReduce3x3]
+                            : conv == kConv5x5 ? conv_weights[kReduce5x5]
                                                : x;
       const int64_t inputs = conv == kConv3x3 || conv == kConv5x5 ? input.size(0) : x.size(1);
       int64_t size = sizes[conv];
-      if (size == any) size = weights[conv].size(2) == 5 ? 5 : 3;
+      if (size == any) size = conv_weights[conv].size(2) == 5 ? 5 : 3;
       weight.has_shape({channels[conv], inputs, size, size});
     }
     int64_t offset = 0;
@@ -87,28 +87,28 @@ std::vector<Parameter> parameters(const char* op, const char* name,
   return result;
 }
 
-Tensor merged_weight(const std::vector<Tensor>& weights) {
+Tensor merged_weight(const std::vector<Tensor>& conv_weights) {
   std::vector<Tensor> parts;
-  for (Conv conv : kMerged) parts.push_back(weights[conv]);
+  for (Conv conv : kMerged) parts.push_back(conv_weights[conv]);
   return concatenate(parts);
 }
 
 // One forward pass: holds what its steps share.
 class Forward {
  public:
-  Forward(const Tensor& x, const Layout& layout, std::vector<Parameter> bn_weights,
-          std::vector<Parameter> bn_biases, std::vector<RunningStatistic> running_means,
-          std::vector<RunningStatistic> running_vars, bool training, std::vector<double> momentum,
-          std::vector<double> eps)
+  Forward(const Tensor& x, const Layout& layout, std::vector<Parameter> weights,
+          std::vector<Parameter> biases, std::vector<RunningStatistic> running_means,
+          std::vector<RunningStatistic> running_vars, bool training, double momentum,
+          double eps)
       : layout_(layout),
         dtype_(x.scalar_type()),
-        bn_weights_(std::move(bn_weights)),
-        bn_biases_(std::move(bn_biases)),
+        weights_(std::move(weights)),
+        biases_(std::move(biases)),
         running_means_(std::move(running_means)),
         running_vars_(std::move(running_vars)),
         training_(training),
-        momentum_(std::move(momentum)),
-        eps_(std::move(eps)),
+        momentum_(momentum),
+        eps_(eps),
         mean_(empty_vector(x, layout.statistics_size, ScalarType::Float)),
         rstd_(empty_vector(x, layout.statistics_size, ScalarType::Float)) {}
 
@@ -127,8 +127,8 @@ class Forward {
                                   .m2 = m2.data() + (offset - first),
                                   .count = raw.count,
                                   .channels = channels,
-                                  .eps = eps_[conv],
-                                  .momentum = momentum_[conv],
+                                  .eps = eps_,
+                                  .momentum = momentum_,
                                   .rstd = rstd() + offset,
                                   .running_mean = running_means_[conv].data(),
                                   .running_var = running_vars_[conv].data()});
@@ -138,7 +138,7 @@ class Forward {
         std::copy_n(running_means_[conv].data(), channels, mean() + offset);
         cpu::batch_norm_rstd({.running_var = running_vars_[conv].data(),
                               .channels = channels,
-                              .eps = eps_[conv],
+                              .eps = eps_,
                               .rstd = rstd() + offset});
       }
     }
@@ -147,7 +147,7 @@ class Forward {
   void apply(Conv conv, const Pixels& raw, const Pixels& y) {
     const int64_t offset = layout_.statistics[conv];
     batch_norm_relu_apply_pixels(raw, y, dtype_, {mean() + offset, rstd() + offset},
-                                 {bn_weights_[conv], bn_biases_[conv]});
+                                 {weights_[conv], biases_[conv]});
   }
 
   const Tensor& mean_tensor() const { return mean_; }
@@ -159,24 +159,24 @@ class Forward {
 
   const Layout& layout_;
   ScalarType dtype_;
-  std::vector<Parameter> bn_weights_, bn_biases_;
+  std::vector<Parameter> weights_, biases_;
   std::vector<RunningStatistic> running_means_, running_vars_;
   bool training_;
-  std::vector<double> momentum_, eps_;
+  double momentum_, eps_;
   Tensor mean_, rstd_;  // [statistics_size]
 };
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                                  Tensor, Tensor, Tensor>;
 
-ForwardResult inception_forward(Tensor x, std::vector<Tensor> weights,
-                                std::vector<Tensor> bn_weights, std::vector<Tensor> bn_biases,
+ForwardResult inception_forward(Tensor x, std::vector<Tensor> conv_weights,
+                                std::vector<Tensor> weights, std::vector<Tensor> biases,
                                 std::vector<Tensor> running_means, std::vector<Tensor> running_vars,
-                                bool training, std::vector<double> momentum,
-                                std::vector<double> eps, bool save) {
+                                bool training, double momentum,
+                                double eps, bool save) {
   static constexpr const char* op = "inception_forward";
   const NoGrad no_grad;
-  const Layout layout(op, x, weights);
+  const Layout layout(op, x, conv_weights);
   const auto running = [&](const char* name, const std::vector<Tensor>& tensors) {
     if (tensors.size() != kConvs) fail(op, name, "expected 6 tensors, got ", tensors.size());
     std::vector<RunningStatistic> result;
@@ -185,11 +185,8 @@ ForwardResult inception_forward(Tensor x, std::vector<Tensor> weights,
     }
     return result;
   };
-  for (const auto& [name, values] : {std::pair{"momentum", &momentum}, std::pair{"eps", &eps}}) {
-    if (values->size() != kConvs) fail(op, name, "expected 6 values, got ", values->size());
-  }
-  Forward forward(x, layout, parameters(op, "bn_weights", bn_weights, layout),
-                  parameters(op, "bn_biases", bn_biases, layout),
+  Forward forward(x, layout, parameters(op, "weights", weights, layout),
+                  parameters(op, "biases", biases, layout),
                   running("running_means", running_means), running("running_vars", running_vars),
                   training, momentum, eps);
 
@@ -207,7 +204,7 @@ ForwardResult inception_forward(Tensor x, std::vector<Tensor> weights,
     return Pixels(raw);
   };
 
-  Tensor raw_1x1 = convolution_same(input, merged_weight(weights));
+  Tensor raw_1x1 = convolution_same(input, merged_weight(conv_weights));
   const Pixels merged = as_pixels(raw_1x1);
   forward.statistics(merged, {kBranch1, kReduce3x3, kReduce5x5});
   const auto merged_slice = [&](Conv conv) {
@@ -219,7 +216,7 @@ ForwardResult inception_forward(Tensor x, std::vector<Tensor> weights,
   const auto branch = [&](Conv reduce, Conv conv, Tensor& reduced, Tensor& raw) {
     reduced = empty_nhwc(x, n, layout.channels[reduce], h, w);
     forward.apply(reduce, merged_slice(reduce), Pixels(reduced));
-    raw = convolution_same(reduced, weights[conv]);
+    raw = convolution_same(reduced, conv_weights[conv]);
     const Pixels pixels = as_pixels(raw);
     forward.statistics(pixels, {conv});
     forward.apply(conv, pixels, out_slice(conv));
@@ -233,7 +230,7 @@ ForwardResult inception_forward(Tensor x, std::vector<Tensor> weights,
                        : empty_vector(x, 0, ScalarType::Byte);
   max_pool_pixels(same_size_pool(input), Pixels(input), Pixels(pooled),
                   save ? static_cast<uint8_t*>(argmax.data_ptr()) : nullptr, dtype);
-  Tensor raw_pool = convolution_same(pooled, weights[kPoolProjection]);
+  Tensor raw_pool = convolution_same(pooled, conv_weights[kPoolProjection]);
   const Pixels pool_pixels = as_pixels(raw_pool);
   forward.statistics(pool_pixels, {kPoolProjection});
   forward.apply(kPoolProjection, pool_pixels, out_slice(kPoolProjection));
@@ -260,15 +257,15 @@ ForwardResult inception_forward(Tensor x, std::vector<Tensor> weights,
 using BackwardResult =
     std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>;
 
-BackwardResult inception_backward(Tensor grad, Tensor x, std::vector<Tensor> weights,
-                                  std::vector<Tensor> bn_weights, std::vector<Tensor> bn_biases,
+BackwardResult inception_backward(Tensor grad, Tensor x, std::vector<Tensor> conv_weights,
+                                  std::vector<Tensor> weights, std::vector<Tensor> biases,
                                   Tensor raw_1x1, Tensor raw_3x3, Tensor raw_5x5, Tensor raw_pool,
                                   Tensor reduced_3x3, Tensor reduced_5x5, Tensor pooled,
                                   Tensor argmax, Tensor mean, Tensor rstd, bool training,
                                   std::vector<bool> needs) {
   static constexpr const char* op = "inception_backward";
   const NoGrad no_grad;
-  const Layout layout(op, x, weights);
+  const Layout layout(op, x, conv_weights);
   const int64_t n = x.size(0), h = x.size(2), w = x.size(3);
   const ScalarType dtype = x.scalar_type();
   Argument{op, "grad", grad}
@@ -292,10 +289,10 @@ BackwardResult inception_backward(Tensor grad, Tensor x, std::vector<Tensor> wei
   if (needs.size() != 1 + kConvs) fail(op, "needs", "expected 7 values, got ", needs.size());
   const bool needs_x = needs[0];
   const auto needs_weight = [&](Conv conv) { return needs[1 + conv]; };
-  const std::vector<Parameter> gammas = parameters(op, "bn_weights", bn_weights, layout);
-  const std::vector<Parameter> betas = parameters(op, "bn_biases", bn_biases, layout);
+  const std::vector<Parameter> gammas = parameters(op, "weights", weights, layout);
+  const std::vector<Parameter> betas = parameters(op, "biases", biases, layout);
 
-  std::vector<Tensor> weight_grads(kConvs), bn_weight_grads(kConvs), bn_bias_grads(kConvs);
+  std::vector<Tensor> conv_weight_grads(kConvs), weight_grads(kConvs), bias_grads(kConvs);
   // Gradient through ReLU and batch norm of `conv`, from slice `dy` into slice `dx`.
   const auto batch_norm = [&](Conv conv, const Pixels& dy, const Pixels& raw, const Pixels& dx) {
     Tensor weight_grad = empty_vector(x, layout.channels[conv], ScalarType::Float);
@@ -307,8 +304,8 @@ BackwardResult inception_backward(Tensor grad, Tensor x, std::vector<Tensor> wei
                                     {gammas[conv], betas[conv]}, training,
                                     static_cast<float*>(bias_grad.data_ptr()),
                                     static_cast<float*>(weight_grad.data_ptr()));
-    bn_weight_grads[conv] = torch::stable::to(weight_grad, bn_weights[conv].scalar_type());
-    bn_bias_grads[conv] = torch::stable::to(bias_grad, bn_biases[conv].scalar_type());
+    weight_grads[conv] = torch::stable::to(weight_grad, weights[conv].scalar_type());
+    bias_grads[conv] = torch::stable::to(bias_grad, biases[conv].scalar_type());
   };
 
   const Tensor gradient = by_pixels(grad);
@@ -323,8 +320,8 @@ BackwardResult inception_backward(Tensor grad, Tensor x, std::vector<Tensor> wei
     Tensor draw = empty_nhwc(x, n, layout.channels[conv], h, w);
     batch_norm(conv, grad_slice(conv), Pixels(raw), Pixels(draw));
     ConvolutionGradients gradients =
-        convolution_same_backward(draw, conv_input, weights[conv], needs_input, needs_weight(conv));
-    weight_grads[conv] = gradients.weight;
+        convolution_same_backward(draw, conv_input, conv_weights[conv], needs_input, needs_weight(conv));
+    conv_weight_grads[conv] = gradients.weight;
     return gradients.input;
   };
   const bool needs_merged =
@@ -351,13 +348,13 @@ BackwardResult inception_backward(Tensor grad, Tensor x, std::vector<Tensor> wei
     const bool any_weight =
         needs_weight(kBranch1) || needs_weight(kReduce3x3) || needs_weight(kReduce5x5);
     ConvolutionGradients gradients =
-        convolution_same_backward(merged_grad, input, merged_weight(weights), needs_x, any_weight);
+        convolution_same_backward(merged_grad, input, merged_weight(conv_weights), needs_x, any_weight);
     if (any_weight) {
       for (Conv conv : kMerged) {
         // [K, C, 1, 1]: rows of the merged gradient, copied so that each parameter owns its own.
         Tensor rows = gradients.weight;
         rows = torch::stable::narrow(rows, 0, layout.statistics[conv], layout.channels[conv]);
-        weight_grads[conv] = torch::stable::clone(rows);
+        conv_weight_grads[conv] = torch::stable::clone(rows);
       }
     }
     if (needs_x) {
@@ -370,9 +367,9 @@ BackwardResult inception_backward(Tensor grad, Tensor x, std::vector<Tensor> wei
     }
   }
   for (int conv = 0; conv < kConvs; ++conv) {
-    if (!needs_weight(static_cast<Conv>(conv))) weight_grads[conv] = empty_vector(x, 0, dtype);
+    if (!needs_weight(static_cast<Conv>(conv))) conv_weight_grads[conv] = empty_vector(x, 0, dtype);
   }
-  return {dx, weight_grads, bn_weight_grads, bn_bias_grads};
+  return {dx, conv_weight_grads, weight_grads, bias_grads};
 }
 
 }  // namespace

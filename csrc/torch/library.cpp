@@ -26,14 +26,14 @@ STABLE_TORCH_LIBRARY(inception_ext, m) {
   // branch4.1. -> out, then what the backward needs (each [0] unless save):
   // raw_1x1, raw_3x3, raw_5x5, raw_pool, reduced_3x3, reduced_5x5, pooled, argmax, mean, rstd
   m.def(
-      "inception_forward(Tensor x, Tensor[] weights, Tensor[] bn_weights, Tensor[] bn_biases, "
-      "Tensor(a!)[] running_means, Tensor(b!)[] running_vars, bool training, float[] momentum, "
-      "float[] eps, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "inception_forward(Tensor x, Tensor[] conv_weights, Tensor[] weights, Tensor[] biases, "
+      "Tensor(a!)[] running_means, Tensor(b!)[] running_vars, bool training, float momentum, "
+      "float eps, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
-  // needs: x, then the six weights -> gradients of x, weights, bn_weights, bn_biases
+  // needs: x, then the six conv_weights -> gradients of x, conv_weights, weights, biases
   m.def(
-      "inception_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] bn_weights, "
-      "Tensor[] bn_biases, Tensor raw_1x1, Tensor raw_3x3, Tensor raw_5x5, Tensor raw_pool, "
+      "inception_backward(Tensor grad, Tensor x, Tensor[] conv_weights, Tensor[] weights, "
+      "Tensor[] biases, Tensor raw_1x1, Tensor raw_3x3, Tensor raw_5x5, Tensor raw_pool, "
       "Tensor reduced_3x3, Tensor reduced_5x5, Tensor pooled, Tensor argmax, Tensor mean, "
       "Tensor rstd, bool training, bool[] needs) -> (Tensor, Tensor[], Tensor[], Tensor[])");
 

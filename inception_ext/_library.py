@@ -1,0 +1,243 @@
+"""Loads the compiled ops (``_C``) and tells torch what it cannot see in them.
+
+Importing this module registers ``torch.ops.inception_ext.*``, their fake (meta) kernels and their
+flop formulas. Where ``_C`` is missing or does not load, one warning says so, the package runs on
+its reference path, and :func:`load_error` keeps the reason; under ``INCEPTION_EXT_REQUIRE=1`` it is
+an ImportError instead.
+"""
+
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from inception_ext._version import __version__
+
+__all__ = ["build_info", "is_available", "load_error"]
+
+_load_error: str | None = None
+try:
+    from inception_ext import _C  # type: ignore[attr-defined]
+except ImportError as error:
+    _C = None
+    _load_error = str(error)
+    _message = (
+        f"inception_ext: the compiled kernels are missing ({error}); everything runs on the plain "
+        "PyTorch path. Build them with 'pip install --no-build-isolation .' in a source checkout."
+    )
+    if os.environ.get("INCEPTION_EXT_REQUIRE") == "1":
+        raise ImportError(f"{_message} (INCEPTION_EXT_REQUIRE=1 makes this an error)") from error
+    warnings.warn(_message, RuntimeWarning, stacklevel=2)
+
+
+def is_available() -> bool:
+    """Whether the compiled ops are loaded."""
+    return _C is not None
+
+
+def load_error() -> str | None:
+    """Why the compiled ops did not load, or None."""
+    return _load_error
+
+
+def build_info() -> dict[str, Any]:
+    """What the binary holds.
+
+    Returns:
+        ``version``; ``cuda``: the toolkit's version, or None; ``architectures``: list such as
+        ``["sm_90a", "compute_120"]``; ``cpu_isa``: what the CPU kernels use on this machine;
+        ``torch_built_with``. All but ``version`` are None or empty without the binary.
+    """
+    if _C is None:
+        return {
+            "version": __version__,
+            "cuda": None,
+            "architectures": [],
+            "cpu_isa": None,
+            "torch_built_with": None,
+        }
+    info: dict[str, Any] = _C.build_info()
+    info["cuda"] = info["cuda"] or None
+    info["architectures"] = [a for a in info["architectures"].split(",") if a]
+    return info
+
+
+def _nhwc(like: Tensor, *size: Any, dtype: torch.dtype | None = None) -> Tensor:
+    return like.new_empty(size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _pool_size(size: Any, kernel: int, stride: int, padding: int, ceil_mode: bool) -> Any:
+    if not ceil_mode:
+        return (size + 2 * padding - kernel) // stride + 1
+    # In ceil mode the last window must start inside the input or its left padding.
+    windows = (size + 2 * padding - kernel + stride - 1) // stride + 1
+    return torch.sym_min(windows, (size + padding - 1) // stride + 1)
+
+
+def _max_pool_forward_fake(
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: bool,
+    with_argmax: bool,
+) -> tuple[Tensor, Tensor]:
+    n, c, h, w = x.shape
+    p, q = (
+        _pool_size(size, kernel_size[i], stride[i], padding[i], ceil_mode)
+        for i, size in enumerate((h, w))
+    )
+    y = _nhwc(x, n, c, p, q)
+    argmax = (
+        _nhwc(x, n, c, p, q, dtype=torch.uint8)
+        if with_argmax
+        else x.new_empty(0, dtype=torch.uint8)
+    )
+    return y, argmax
+
+
+def _max_pool_backward_fake(
+    grad: Tensor,
+    argmax: Tensor,
+    input_size: list[int],
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+) -> Tensor:
+    return _nhwc(grad, grad.shape[0], grad.shape[1], *input_size)
+
+
+def _batch_norm_relu_forward_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels = x.shape[1]
+    mean = x.new_empty(channels, dtype=torch.float32)
+    return _nhwc(x, *x.shape), mean, torch.empty_like(mean)
+
+
+def _batch_norm_relu_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _nhwc(x, *x.shape), torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _inception_forward_fake(
+    x: Tensor,
+    conv_weights: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    running_means: list[Tensor],
+    running_vars: list[Tensor],
+    training: bool,
+    momentum: float,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    n, c, h, w = x.shape
+    k = [weight.shape[0] for weight in conv_weights]
+    out = _nhwc(x, n, k[0] + k[2] + k[4] + k[5], h, w)
+    if not save:
+        nothing = [x.new_empty(0) for _ in range(7)]
+        statistics = [x.new_empty(0, dtype=torch.float32) for _ in range(2)]
+        return out, *nothing, x.new_empty(0, dtype=torch.uint8), *statistics
+    # raw_1x1, raw_3x3, raw_5x5, raw_pool, reduced_3x3, reduced_5x5, pooled
+    saved = [
+        _nhwc(x, n, size, h, w) for size in (k[0] + k[1] + k[3], k[2], k[4], k[5], k[1], k[3], c)
+    ]
+    argmax = _nhwc(x, n, c, h, w, dtype=torch.uint8)
+    statistics = [x.new_empty(sum(k), dtype=torch.float32) for _ in range(2)]
+    return out, *saved, argmax, *statistics
+
+
+def _inception_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    conv_weights: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    raw_1x1: Tensor,
+    raw_3x3: Tensor,
+    raw_5x5: Tensor,
+    raw_pool: Tensor,
+    reduced_3x3: Tensor,
+    reduced_5x5: Tensor,
+    pooled: Tensor,
+    argmax: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    needs: list[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    nothing = x.new_empty
+    dx = _nhwc(x, *x.shape) if needs[0] else nothing(0)
+    conv_weight_grads = [
+        _nhwc(weight, *weight.shape) if need else nothing(0)
+        for weight, need in zip(conv_weights, needs[1:], strict=True)
+    ]
+    return (
+        dx,
+        conv_weight_grads,
+        [torch.empty_like(weight) for weight in weights],
+        [torch.empty_like(bias) for bias in biases],
+    )
+
+
+def _image_to_nhwc_fake(
+    x: Tensor, scale: list[float], shift: list[float], dtype: torch.dtype
+) -> Tensor:
+    return _nhwc(x, *x.shape, dtype=dtype)
+
+
+def _copy_channels_fake(y: Tensor, x: Tensor, offset: int) -> None:
+    return None
+
+
+def _inception_flop(x: Any, conv_weights: list[Any], *_: Any, **__: Any) -> int:
+    """Two floating-point operations a multiply-accumulate; shapes, not tensors, come in."""
+    n, _c, h, w = x
+    return sum(2 * n * h * w * k * c * r * s for k, c, r, s in conv_weights)
+
+
+def _inception_backward_flop(grad: Any, x: Any, conv_weights: list[Any], *rest: Any, **_: Any) -> int:
+    n, _c, h, w = x
+    needs = rest[-1]
+    needs_input = (needs[0], needs[0], True, needs[0], True, needs[0])
+    return sum(
+        2 * n * h * w * k * c * r * s * (int(of_input) + int(of_weight))
+        for (k, c, r, s), of_input, of_weight in zip(
+            conv_weights, needs_input, needs[1:], strict=True
+        )
+    )
+
+
+if _C is not None:
+    _ops = torch.ops.inception_ext
+    for _name, _fake in (
+        ("max_pool_forward", _max_pool_forward_fake),
+        ("max_pool_backward", _max_pool_backward_fake),
+        ("batch_norm_relu_forward", _batch_norm_relu_forward_fake),
+        ("batch_norm_relu_backward", _batch_norm_relu_backward_fake),
+        ("inception_forward", _inception_forward_fake),
+        ("inception_backward", _inception_backward_fake),
+        ("image_to_nhwc", _image_to_nhwc_fake),
+        ("copy_channels", _copy_channels_fake),
+    ):
+        torch.library.register_fake(f"inception_ext::{_name}", _fake)
+    register_flop_formula(_ops.inception_forward)(_inception_flop)
+    register_flop_formula(_ops.inception_backward)(_inception_backward_flop)

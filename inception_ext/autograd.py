@@ -1,0 +1,234 @@
+"""``autograd.Function``s around the compiled ops.
+
+Each saves by name what its backward reads. Asked for a differentiable backward
+(``create_graph=True``), each recomputes through :mod:`inception_ext.reference` instead of its op,
+which has no derivative of its own.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inception_ext import reference
+
+__all__ = ["BatchNormRelu", "Inception", "MaxPool"]
+
+
+def _second_order() -> bool:
+    """Whether autograd wants to differentiate the backward that runs now."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _reference_gradients(
+    output: Tensor, grad: Tensor, inputs: list[Tensor]
+) -> list[Tensor | None]:
+    """Gradients of those inputs that need one, with a graph of their own; None for the others."""
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))
+    return [next(found) if tensor.requires_grad else None for tensor in inputs]
+
+
+class MaxPool(torch.autograd.Function):
+    """:func:`inception_ext.reference.max_pool` with a uint8 window index saved for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        kernel_size: list[int],
+        stride: list[int],
+        padding: list[int],
+        ceil_mode: bool,
+    ) -> Tensor:
+        y, argmax = torch.ops.inception_ext.max_pool_forward(
+            x, kernel_size, stride, padding, ceil_mode, True
+        )
+        ctx.save_for_backward(argmax)
+        ctx.input_size = list(x.shape[2:])
+        ctx.window = (kernel_size, stride, padding)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (argmax,) = ctx.saved_tensors
+        if _second_order():
+            dx = _scatter_to_windows(grad, argmax, ctx.input_size, *ctx.window)
+        else:
+            dx = torch.ops.inception_ext.max_pool_backward(
+                grad, argmax, ctx.input_size, *ctx.window
+            )
+        return dx, None, None, None, None
+
+
+def _scatter_to_windows(
+    grad: Tensor,
+    argmax: Tensor,
+    input_size: list[int],
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+) -> Tensor:
+    """The max pool's backward in differentiable ops: linear in ``grad`` ``[N, C, P, Q]``."""
+    n, c, p, q = grad.shape
+    h, w = input_size
+    index = argmax.to(torch.int64)
+    rows = torch.arange(p, device=grad.device).view(p, 1) * stride[0] - padding[0]
+    columns = torch.arange(q, device=grad.device) * stride[1] - padding[1]
+    flat = (rows + index // kernel_size[1]) * w + columns + index % kernel_size[1]
+    zeros = grad.new_zeros(n, c, h * w)
+    return zeros.scatter_add(2, flat.flatten(2), grad.flatten(2)).unflatten(2, (h, w))
+
+
+class BatchNormRelu(torch.autograd.Function):
+    """:func:`inception_ext.reference.batch_norm_relu`; the ReLU's mask is recomputed from x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        training: bool,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        y, mean, rstd = torch.ops.inception_ext.batch_norm_relu_forward(
+            x, weight, bias, running_mean, running_var, training, momentum, eps
+        )
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.training = training
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        gradients: list[Tensor | None]
+        if _second_order():
+            y = _batch_norm_relu(x, weight, bias, mean, rstd, ctx.training, ctx.eps)
+            gradients = _reference_gradients(y, grad, [x, weight, bias])
+        else:
+            gradients = list(
+                torch.ops.inception_ext.batch_norm_relu_backward(
+                    grad, x, weight, bias, mean, rstd, ctx.training
+                )
+            )
+        return *gradients, None, None, None, None, None
+
+
+def _batch_norm_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    eps: float,
+) -> Tensor:
+    """The reference with saved statistics: those of the batch anew, or constants."""
+    if training:
+        return reference.batch_norm_relu(x, weight, bias, None, None, True, 0.0, eps)
+    # 1 / sqrt(var + 0) is the rstd that was used.
+    return reference.batch_norm_relu(
+        x, weight, bias, mean.to(weight.dtype), (rstd**-2).to(weight.dtype), False, 0.0, 0.0
+    )
+
+
+class Inception(torch.autograd.Function):
+    """:func:`inception_ext.reference.inception`, one op forward and one backward.
+
+    The six convolution weights, batch norm weights and batch norm biases come flat, in the order
+    of the reference, because autograd looks for tensors among the arguments only.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        training: bool,
+        momentum: float,
+        eps: float,
+        running_means: list[Tensor],
+        running_vars: list[Tensor],
+        x: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        conv_weights, weights, biases = parameters[:6], parameters[6:12], parameters[12:]
+        out, *saved = torch.ops.inception_ext.inception_forward(
+            x,
+            conv_weights,
+            weights,
+            biases,
+            running_means,
+            running_vars,
+            training,
+            momentum,
+            eps,
+            True,
+        )
+        ctx.save_for_backward(x, *parameters, *saved)
+        ctx.training = training
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        parameters, saved = tensors[:18], tensors[18:]
+        conv_weights, weights, biases = parameters[:6], parameters[6:12], parameters[12:]
+        needs = list(ctx.needs_input_grad[5:])  # x, then the parameters
+        gradients: list[Tensor | None]
+        if _second_order():
+            mean, rstd = saved[-2:]
+            out = _inception(x, conv_weights, weights, biases, mean, rstd, ctx.training, ctx.eps)
+            gradients = _reference_gradients(out, grad, [x, *parameters])
+        else:
+            dx, conv_weight_grads, weight_grads, bias_grads = (
+                torch.ops.inception_ext.inception_backward(
+                    grad, x, conv_weights, weights, biases, *saved, ctx.training, needs[:7]
+                )
+            )
+            gradients = [dx, *conv_weight_grads, *weight_grads, *bias_grads]
+        return (
+            *(None,) * 5,
+            *(g if need else None for g, need in zip(gradients, needs, strict=True)),
+        )
+
+
+# The op's statistics lie in one vector: the merged 1x1 convolutions first.
+_STATISTICS_ORDER = (0, 1, 3, 2, 4, 5)
+
+
+def _inception(
+    x: Tensor,
+    conv_weights: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    eps: float,
+) -> Tensor:
+    """The reference with saved statistics, see :func:`_batch_norm_relu`."""
+    if training:
+        nothing = [None] * 6
+        return reference.inception(
+            x, conv_weights, weights, biases, nothing, nothing, True, 0.0, eps
+        )
+    sizes = [conv_weights[i].shape[0] for i in _STATISTICS_ORDER]
+    means = dict(zip(_STATISTICS_ORDER, mean.split(sizes), strict=True))
+    variances = dict(zip(_STATISTICS_ORDER, (rstd**-2).split(sizes), strict=True))
+    dtype = weights[0].dtype
+    return reference.inception(
+        x,
+        conv_weights,
+        weights,
+        biases,
+        [means[i].to(dtype) for i in range(6)],
+        [variances[i].to(dtype) for i in range(6)],
+        False,
+        0.0,
+        0.0,
+    )
