@@ -1,0 +1,424 @@
+"""The CUDA max pool kernels, compiled by the host compiler and run on the CPU.
+
+The source is the one nvcc compiles; threads and blocks run one after another in a seeded random
+order, and every access is checked against the tensors of the launch.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from ctypes import POINTER, byref, c_bool, c_char_p, c_int, c_int32, c_int64, c_uint32, c_void_p
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_toolkit import find_headers
+from max_pool_cases import (
+    DTYPES,
+    LAYOUTS,
+    SQUARE_POOLS,
+    Pool,
+    assert_same_bits,
+    gradient_bound,
+    random_input,
+    reference_backward,
+    reference_forward,
+)
+
+SOURCE = Path(__file__).parent / "cpp" / "max_pool_host.cpp"
+HEADERS = find_headers()
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+pytestmark = [
+    pytest.mark.skipif(HEADERS is None, reason="no CUDA headers (cuda_runtime_api.h, cuda_fp16.h)"),
+    pytest.mark.skipif(COMPILER is None, reason="no host C++ compiler"),
+]
+
+SUCCESS, INVALID_VALUE, BAD_ACCESS = 0, 1, -1
+DTYPE_CODE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+
+
+class PixelStrides(ctypes.Structure):
+    _fields_ = [("n", c_int64), ("h", c_int64), ("w", c_int64)]
+
+
+SIZES = ("batch", "channels", "input_h", "input_w", "output_h", "output_w")
+WINDOW = ("kernel_h", "kernel_w", "stride_h", "stride_w", "padding_h", "padding_w")
+
+
+class ForwardParams(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "y", "argmax")),
+        *((name, PixelStrides) for name in ("x_stride", "y_stride")),
+        *((name, c_int64) for name in SIZES),
+        *((name, c_int32) for name in (*WINDOW, "dtype")),
+    ]
+
+
+class BackwardParams(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("grad_y", "argmax", "grad_x")),
+        *((name, PixelStrides) for name in ("grad_y_stride", "grad_x_stride")),
+        *((name, c_int64) for name in SIZES),
+        *((name, c_int32) for name in (*WINDOW, "dtype")),
+        ("accumulate", c_bool),
+    ]
+
+
+class Region(ctypes.Structure):
+    _fields_ = [("begin", c_void_p), ("end", c_void_p)]
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory) -> ctypes.CDLL:
+    path = tmp_path_factory.mktemp("max_pool") / "libmax_pool_host.so"
+    flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags += ["-shared", "-fPIC", "-DINCEPTION_EXT_EMULATE", "-isystem", str(HEADERS)]
+    command = [COMPILER, *flags, SOURCE, "-o", path]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lib = ctypes.CDLL(str(path))
+    for function, params in ((lib.forward, ForwardParams), (lib.backward, BackwardParams)):
+        function.argtypes = [POINTER(params), POINTER(Region), c_int, c_uint32]
+    for function in (lib.launches, lib.grid_x, lib.forward_params_size, lib.backward_params_size):
+        function.restype = c_int64
+    lib.last_error.restype = c_char_p
+    assert lib.forward_params_size() == ctypes.sizeof(ForwardParams)
+    assert lib.backward_params_size() == ctypes.sizeof(BackwardParams)
+    return lib
+
+
+class Guarded:
+    """An NHWC tensor inside a larger buffer that is filled with a canary.
+
+    The canary is NaN (0xEE for uint8): a read outside the tensor shows in the result, a write in
+    `check`.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, layout: str = "dense") -> None:
+        n, h, w, c = shape
+        pixel = c + 24 if layout in ("sliced", "misaligned") else c
+        row = w * pixel + (16 if layout == "padded_rows" else 0)
+        offset = {"sliced": 64 + 8, "misaligned": 64 + 3}.get(layout, 64)
+        canary = torch.nan if dtype.is_floating_point else 0xEE
+        self.buffer = torch.full((64 + n * h * row + 64,), canary, dtype=dtype)
+        assert self.buffer.data_ptr() % 64 == 0
+        self.view = self.buffer.as_strided(shape, (h * row, row, pixel, 1), offset)
+
+    @classmethod
+    def of(cls, values: torch.Tensor, layout: str = "dense") -> "Guarded":
+        guarded = cls(tuple(values.shape), values.dtype, layout)
+        guarded.view.copy_(values)
+        return guarded
+
+    def check(self) -> None:
+        rest = self.buffer.clone()
+        rest.as_strided(self.view.shape, self.view.stride(), self.view.storage_offset()).copy_(
+            torch.full(self.view.shape, rest[0].item(), dtype=rest.dtype)
+        )
+        assert bool(rest.isnan().all() if rest.is_floating_point() else (rest == 0xEE).all())
+
+
+def regions_of(*tensors: torch.Tensor | None):
+    regions = []
+    for t in tensors:
+        if t is None or t.numel() == 0:
+            continue
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        regions.append(Region(t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()))
+    return (Region * max(len(regions), 1))(*regions), len(regions)
+
+
+def strides_of(t: torch.Tensor) -> PixelStrides:
+    assert t.stride(3) == 1 or t.shape[3] <= 1
+    return PixelStrides(*t.stride()[:3])
+
+
+def common_params(x: torch.Tensor, y: torch.Tensor, pool: Pool) -> dict[str, int]:
+    n, h, w, c = x.shape
+    sizes = dict(zip(SIZES, (n, c, h, w, y.shape[1], y.shape[2]), strict=True))
+    values = (*pool.kernel, *pool.stride, *pool.padding)
+    return {**sizes, **dict(zip(WINDOW, values, strict=True)), "dtype": DTYPE_CODE[x.dtype]}
+
+
+def forward_params(x, y, argmax, pool: Pool) -> ForwardParams:
+    return ForwardParams(
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+        argmax=argmax.data_ptr() if argmax is not None else None,
+        x_stride=strides_of(x),
+        y_stride=strides_of(y),
+        **common_params(x, y, pool),
+    )
+
+
+def backward_params(grad_y, argmax, grad_x, pool: Pool) -> BackwardParams:
+    return BackwardParams(
+        grad_y=grad_y.data_ptr(),
+        argmax=argmax.data_ptr(),
+        grad_x=grad_x.data_ptr(),
+        grad_y_stride=strides_of(grad_y),
+        grad_x_stride=strides_of(grad_x),
+        **common_params(grad_x, grad_y, pool),
+    )
+
+
+def change(params: ctypes.Structure, **fields) -> None:
+    for name, value in fields.items():
+        setattr(params, name, value)
+
+
+def run_forward(lib, x, y, argmax, pool: Pool, seed: int = 0) -> None:
+    params = forward_params(x, y, argmax, pool)
+    status = lib.forward(byref(params), *regions_of(x, y, argmax), seed)
+    assert status == SUCCESS, lib.last_error()
+
+
+def run_backward(lib, grad_y, argmax, grad_x, pool: Pool, accumulate=False, seed: int = 0) -> None:
+    params = backward_params(grad_y, argmax, grad_x, pool)
+    params.accumulate = accumulate
+    status = lib.backward(byref(params), *regions_of(grad_y, argmax, grad_x), seed)
+    assert status == SUCCESS, lib.last_error()
+
+
+def check(lib, x: torch.Tensor, pool: Pool, layout: str = "dense", out_layout: str = "dense"):
+    """Forward with and without argmax and backward with and without accumulate, against torch."""
+    expected_y, expected_argmax = reference_forward(x, pool)
+    shape = tuple(expected_y.shape)
+    source = Guarded.of(x, layout)
+    y, argmax = Guarded(shape, x.dtype, out_layout), Guarded(shape, torch.uint8)
+    run_forward(lib, source.view, y.view, argmax.view, pool)
+    assert_same_bits(y.view, expected_y)
+    assert_same_bits(argmax.view, expected_argmax)
+    inference = Guarded(shape, x.dtype, out_layout)
+    run_forward(lib, source.view, inference.view, None, pool, seed=1)
+    assert_same_bits(inference.view, expected_y)
+    assert_same_bits(source.view, x)
+
+    grad_y = Guarded.of(random_input(shape, x.dtype, 11, "normal"), out_layout)
+    old = random_input(tuple(x.shape), x.dtype, 12, "normal")
+    expected = reference_backward(x, grad_y.view, pool)
+    for accumulate in (False, True):
+        grad_x = Guarded.of(old, layout) if accumulate else Guarded(tuple(x.shape), x.dtype, layout)
+        run_backward(lib, grad_y.view, argmax.view, grad_x.view, pool, accumulate)
+        exact = expected + old.double() if accumulate else expected
+        bound = gradient_bound(x, grad_y.view, old if accumulate else None, pool)
+        error = (grad_x.view.double() - exact).abs()
+        assert bool((error <= bound).all()), f"{error.max()} at {error.argmax()}"
+        grad_x.check()
+    for guarded in (source, y, argmax, inference, grad_y):
+        guarded.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pool", SQUARE_POOLS, ids=str)
+def test_matches_torch(library, dtype, pool):
+    check(library, random_input((2, 9, 7, 16), dtype, seed=0), pool)  # vectors
+    check(library, random_input((2, 6, 8, 5), dtype, seed=1), pool)  # odd channels, even sizes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("out_layout", LAYOUTS)
+def test_layouts(library, dtype, layout, out_layout):
+    for kernel, stride, padding in ((3, 1, 1), (2, 2, 0)):
+        pool = Pool.square(kernel, stride, padding, True)
+        check(library, random_input((2, 5, 6, 24), dtype, 2), pool, layout, out_layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("values", ["nan", "inf", "nan_inf", "all_minus_inf", "signed_zero"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_special_values(library, dtype, values, stride, kernel):
+    pool = Pool.square(kernel, stride, 1, True)
+    for channels in (8, 3):
+        check(library, random_input((2, 7, 8, channels), dtype, 3, values), pool)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_that_are_not_finite(library, dtype):
+    """They reach the pixel that was the maximum and no other."""
+    pool = Pool.square(3, 1, 1, False)
+    x = random_input((1, 5, 5, 8), dtype, 4, "normal")
+    grad_y = torch.ones_like(x)
+    grad_y[0, 2, 2, 0], grad_y[0, 1, 1, 1], grad_y[0, 3, 3, 2] = torch.nan, torch.inf, -torch.inf
+    argmax, grad_x = reference_forward(x, pool)[1], torch.empty_like(x)
+    run_backward(library, grad_y, argmax, grad_x, pool)
+    assert_same_bits(grad_x, reference_backward(x, grad_y, pool).to(dtype))
+
+
+def test_random_configurations(library):
+    """Windows that differ between height and width, sizes from 1, any layout."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*choices):
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    checked = 0
+    for seed in range(250):
+        kernel = (draw(2, 3), draw(2, 3))
+        pool = Pool(kernel, (draw(1, 2), draw(1, 2)), (draw(0, 1), draw(0, 1)), draw(False, True))
+        n, h, w, c = draw(1, 2, 3), draw(*range(1, 12)), draw(*range(1, 12)), draw(1, 4, 8, 17, 32)
+        if h + 2 * pool.padding[0] < kernel[0] or w + 2 * pool.padding[1] < kernel[1]:
+            continue  # torch: output size is too small
+        x = random_input((n, h, w, c), draw(*DTYPES), seed, draw("ties", "normal", "nan_inf"))
+        check(library, x, pool, draw(*LAYOUTS), draw(*LAYOUTS))
+        checked += 1
+    assert checked > 150
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_threads_that_walk_several_rows(library, kernel, stride):
+    """Enough outputs that a thread computes up to 8 (stride 1) of the 41 rows."""
+    x = random_input((3, 41, 63, 149), torch.float32, 6)
+    check(library, x, Pool.square(kernel, stride, 1, True))
+
+
+@pytest.mark.parametrize("shape", [(70000, 2, 2, 1), (1, 140001, 1, 1)], ids=str)
+def test_more_blocks_than_the_grid_has(library, shape):
+    kernel = (2, min(2, shape[2]) + 1)
+    pool = Pool(kernel, (2, 1), (0, 1), False)
+    check(library, random_input(shape, torch.float32, 7), pool)
+
+
+@pytest.mark.parametrize("channels", [16, 5])
+def test_offsets_past_32_bits(library, channels):
+    pool = Pool.square(3, 2, 1, True)
+    values = random_input((2, 5, 4, channels), torch.float16, 8)
+    expected_y, argmax = reference_forward(values, pool)
+    step = 2**31 + 8  # elements from image to image; only the pages in use take memory
+    far = torch.empty(step + 5 * 4 * channels, dtype=torch.float16)
+    far = far.as_strided(values.shape, (step, 4 * channels, channels, 1))
+    far.copy_(values)
+    y = torch.empty_like(expected_y)
+    run_forward(library, far, y, None, pool)
+    assert_same_bits(y, expected_y)
+    grad_y, near = random_input(tuple(y.shape), torch.float16, 9, "normal"), values.clone()
+    run_backward(library, grad_y, argmax, near, pool, accumulate=True)
+    run_backward(library, grad_y, argmax, far, pool, accumulate=True)
+    assert_same_bits(far, near)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_thread_order_gives_the_same_bits(library, dtype):
+    pool = Pool.square(3, 1, 1, False)
+    x = random_input((2, 13, 9, 40), dtype, 10)
+    grad_y = random_input((2, 13, 9, 40), dtype, 11, "normal")
+    results = []
+    for seed in range(4):
+        y, argmax = torch.empty_like(x), torch.empty(x.shape, dtype=torch.uint8)
+        grad_x = x.clone()
+        run_forward(library, x, y, argmax, pool, seed)
+        run_backward(library, grad_y, argmax, grad_x, pool, accumulate=True, seed=seed)
+        results.append((y, argmax, grad_x))
+    for result in results[1:]:
+        for actual, first in zip(result, results[0], strict=True):
+            assert_same_bits(actual, first)
+
+
+def test_vectors_where_alignment_allows(library):
+    """16-byte vectors: an eighth (float32: a quarter) of the threads of the scalar path."""
+    pool, shape = Pool.square(3, 1, 1, False), (1, 3, 4, 256)
+    for dtype, size in ((torch.float16, 8), (torch.bfloat16, 8), (torch.float32, 4)):
+        for layout in LAYOUTS:
+            x, y = Guarded.of(random_input(shape, dtype, 12), layout), Guarded(shape, dtype)
+            argmax = Guarded(shape, torch.uint8)
+            threads = 4 * 256 // (size if layout != "misaligned" else 1)
+            run_forward(library, x.view, y.view, argmax.view, pool)
+            assert library.grid_x() == threads // 128
+            run_backward(library, y.view, argmax.view, x.view, pool)
+            assert library.grid_x() == threads // 128
+
+
+def tensors(shape=(1, 4, 4, 8), dtype=torch.float16):
+    """x, y, argmax of a 3x3 stride 1 pool with padding 1."""
+    return (
+        torch.zeros(shape, dtype=dtype),
+        torch.zeros(shape, dtype=dtype),
+        torch.zeros(shape, dtype=torch.uint8),
+    )
+
+
+@pytest.mark.parametrize("changes", [{"batch": 0}, {"channels": 0}], ids=str)
+def test_nothing_to_do_is_a_success_without_a_launch(library, changes):
+    pool = Pool.square(3, 1, 1, False)
+    x, y, argmax = tensors()
+    forward = forward_params(x, y, argmax, pool)
+    change(forward, x=None, y=None, argmax=None, **changes)
+    assert library.forward(byref(forward), *regions_of(), 0) == SUCCESS
+    assert library.launches() == 0
+    backward = backward_params(y, argmax, x, pool)
+    change(backward, grad_y=None, argmax=None, grad_x=None, **changes)
+    assert library.backward(byref(backward), *regions_of(), 0) == SUCCESS
+    assert library.launches() == 0
+
+
+@pytest.mark.parametrize("empty", [{"output_h": 0}, {"output_w": 0}], ids=str)
+def test_no_output_has_a_gradient_of_zero(library, empty):
+    x, y, argmax = tensors()
+    x.fill_(3)
+    pool = Pool.square(3, 1, 1, False)
+    params = backward_params(y, argmax, x, pool)
+    change(params, grad_y=None, argmax=None, **empty)
+    assert library.backward(byref(params), *regions_of(x), 0) == SUCCESS, library.last_error()
+    assert not x.any()
+
+
+INVALID = [
+    *({"kernel_h": k} for k in (-1, 0, 1, 4, 2**31 - 1)),
+    *({"kernel_w": k} for k in (0, 1, 4)),
+    *({"stride_h": s} for s in (-1, 0, 3)),
+    *({"stride_w": s} for s in (0, 3, 2**31 - 1)),
+    *({"padding_h": p} for p in (-1, 2, 2**30)),
+    *({"padding_w": p} for p in (-1, 2)),
+    *({"dtype": d} for d in (-1, 3)),
+    *({name: -1} for name in SIZES),
+    *({name: 2**62} for name in SIZES if name != "batch"),
+    {"output_h": 6},  # its last window lies below the input
+    {"output_w": 6},
+    {"input_h": 0},
+    {"input_w": 0},
+]
+
+
+@pytest.mark.parametrize("changes", INVALID, ids=str)
+def test_invalid_value(library, changes):
+    pool = Pool.square(3, 1, 1, False)
+    x, y, argmax = tensors()
+    forward = forward_params(x, y, argmax, pool)
+    change(forward, **changes)
+    assert library.forward(byref(forward), *regions_of(x, y, argmax), 0) == INVALID_VALUE
+    backward = backward_params(y, argmax, x, pool)
+    change(backward, **changes)
+    assert library.backward(byref(backward), *regions_of(x, y, argmax), 0) == INVALID_VALUE
+    assert library.launches() == 0
+
+
+def test_null_pointers(library):
+    pool = Pool.square(3, 1, 1, False)
+    x, y, argmax = tensors()
+    for name in ("x", "y"):
+        params = forward_params(x, y, argmax, pool)
+        change(params, **{name: None})
+        assert library.forward(byref(params), *regions_of(x, y, argmax), 0) == INVALID_VALUE
+    for name in ("grad_y", "argmax", "grad_x"):
+        params = backward_params(y, argmax, x, pool)
+        change(params, **{name: None})
+        assert library.backward(byref(params), *regions_of(x, y, argmax), 0) == INVALID_VALUE
+
+
+@pytest.mark.parametrize("channels", [8, 3])
+def test_the_address_check_reports_one_element_too_few(library, channels):
+    """The check itself: each tensor in turn is declared one element shorter than it is."""
+    pool = Pool.square(3, 1, 1, False)
+    x, y, argmax = tensors((1, 4, 4, channels))
+    for short in range(3):
+        regions, count = regions_of(x, y, argmax)
+        regions[short].end -= (x, y, argmax)[short].element_size()
+        forward = forward_params(x, y, argmax, pool)
+        assert library.forward(byref(forward), regions, count, 0) == BAD_ACCESS
+        assert b"outside every tensor" in library.last_error()
+        backward = backward_params(y, argmax, x, pool)
+        assert library.backward(byref(backward), regions, count, 0) == BAD_ACCESS
