@@ -1,0 +1,125 @@
+"""Rules that the sources under csrc keep, and what ptxas says about the kernels."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from cuda_toolkit import find_nvcc
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+SOURCES = sorted(
+    path for path in CSRC.rglob("*") if path.suffix in {".cpp", ".h", ".cu", ".cuh", ".inl"}
+)
+KERNELS = sorted((CSRC / "kernels").rglob("*.cu"))
+NVCC = find_nvcc()
+
+FRAMEWORK = re.compile(r"(torch|ATen|c10|pybind11)/|Python\.h")
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(CSRC))
+
+
+def includes_a_framework(path: Path) -> list[str]:
+    """What a file includes of torch or Python; our own csrc/torch is `torch/` as well."""
+    return [name for name in includes(path) if FRAMEWORK.match(name)]
+
+
+def test_there_are_sources():
+    assert KERNELS and len(SOURCES) > len(KERNELS)
+
+
+def test_the_rule_sees_every_spelling(tmp_path):
+    """The search itself."""
+    names = ("torch/extension.h", "ATen/ATen.h", "c10/cuda/CUDAStream.h", "pybind11/pybind11.h")
+    for name in (*names, "Python.h", "torch/csrc/stable/tensor.h"):
+        for text in (f"#include <{name}>", f'#include "{name}"', f"  #  include <{name}>"):
+            path = tmp_path / "source.cu"
+            path.write_text(f"// first line\n{text}\n")
+            assert includes_a_framework(path) == [name]
+
+
+def test_only_the_glue_includes_torch_or_python():
+    found = {
+        relative(path): names
+        for path in SOURCES
+        if relative(path).split("/")[0] != "torch" and (names := includes_a_framework(path))
+    }
+    assert not found
+
+
+def test_nvcc_never_reads_torch():
+    """No kernel source, and nothing that one includes, reaches a torch header."""
+    seen: set[Path] = set()
+    queue = [path for path in SOURCES if path.suffix in {".cu", ".cuh"}]
+    while queue:
+        path = queue.pop()
+        seen.add(path)
+        assert not includes_a_framework(path), relative(path)
+        for name in includes(path):
+            for candidate in ((path.parent / name).resolve(), (CSRC / name).resolve()):
+                if candidate.is_file() and candidate not in seen:
+                    queue.append(candidate)
+    assert CSRC / "kernels" / "params.h" in seen
+
+
+def test_cuda_sources_live_with_the_kernels():
+    elsewhere = [relative(p) for p in SOURCES if p.suffix in {".cu", ".cuh"}]
+    assert not [name for name in elsewhere if not name.startswith("kernels/")]
+
+
+def test_kernels_start_through_the_launch_helper():
+    for path in SOURCES:
+        text = path.read_text()
+        assert "<<<" not in text, relative(path)
+        if relative(path) != "kernels/launch.h":
+            assert "cudaLaunchKernel" not in text, relative(path)
+
+
+def test_emulator_enters_at_one_place():
+    """INCEPTION_EXT_EMULATE decides on the platform and the launch; kernels do not ask for it."""
+    seam = {"kernels/device/platform.cuh", "kernels/launch.h"}
+    asking = re.compile(r"^\s*#\s*(if|ifdef|ifndef|elif).*INCEPTION_EXT_EMULATE", re.MULTILINE)
+    kernels = [path for path in SOURCES if relative(path).startswith("kernels/")]
+    assert {relative(path) for path in kernels if asking.search(path.read_text())} == seam
+
+
+def ptxas_report(source: Path, architecture: str, folder: Path) -> dict[str, dict[str, int]]:
+    """Of each kernel: stack frame and spills in bytes, registers."""
+    command = [NVCC, "-std=c++20", "-O3", f"-arch={architecture}", "-Xptxas", "-v", "-cubin"]
+    result = subprocess.run(
+        [*command, source, "-o", folder / "kernels.cubin"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stderr, result.stderr
+    pattern = re.compile(
+        r"Compiling entry function '(?P<name>\w+)'.*?"
+        r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+        r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+        re.DOTALL,
+    )
+    report = {}
+    for match in pattern.finditer(result.stderr):
+        name, *numbers = match.groups()
+        report[name] = dict(
+            zip(("stack", "stores", "loads", "registers"), map(int, numbers), strict=True)
+        )
+    assert len(report) == result.stderr.count("Compiling entry function") > 0
+    return report
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc not installed")
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
+def test_kernels_neither_spill_nor_use_local_memory(source, tmp_path):
+    report = ptxas_report(source, "sm_90a", tmp_path)
+    offenders = {
+        name: figures
+        for name, figures in report.items()
+        if figures["stack"] or figures["stores"] or figures["loads"]
+    }
+    assert not offenders
