@@ -47,10 +47,10 @@ struct BatchNormStatisticsParams {
 void batch_norm_statistics(const BatchNormStatisticsParams& params);
 
 struct BatchNormFinalizeParams {
-  const float* mean;    // [C]
-  const float* m2;      // [C]
-  int64_t count;        // values per channel behind mean and m2
-  int64_t channels;     // C
+  const float* mean;  // [C]
+  const float* m2;    // [C]
+  int64_t count;      // values per channel behind mean and m2
+  int64_t channels;   // C
   double eps;
   double momentum;      // weight of the new value
   float* rstd;          // [C]

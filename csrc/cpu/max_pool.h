@@ -25,12 +25,12 @@
 namespace inception_ext::cpu {
 
 struct MaxPoolShape {
-  int64_t n;         // images
-  int64_t h;         // input rows
-  int64_t w;         // input columns
-  int64_t c;         // channels
-  int64_t out_h;     // output rows
-  int64_t out_w;     // output columns
+  int64_t n;      // images
+  int64_t h;      // input rows
+  int64_t w;      // input columns
+  int64_t c;      // channels
+  int64_t out_h;  // output rows
+  int64_t out_w;  // output columns
   int64_t kernel_h;
   int64_t kernel_w;
   int64_t stride_h;

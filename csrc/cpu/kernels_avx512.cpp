@@ -1,0 +1,33 @@
+// The kernels for AVX-512; see kernels_impl.h.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "batch_norm_plan.h"
+#include "kernels.h"
+#include "parallel.h"
+
+#define INCEPTION_EXT_ISA avx512
+#define INCEPTION_EXT_LANES 16
+#define INCEPTION_EXT_KERNELS kAvx512Kernels
+
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+
+#include "kernels_impl.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // defined(__x86_64__)

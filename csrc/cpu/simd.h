@@ -1,0 +1,308 @@
+// Vectors of INCEPTION_EXT_LANES float32 over the vector extensions of GCC and clang, with
+// intrinsics only where the compilers do badly without: masks, and partial loads and stores.
+// Part of kernels_impl.h.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+#define INCEPTION_EXT_INLINE inline __attribute__((always_inline))
+
+namespace inception_ext::cpu::INCEPTION_EXT_ISA {
+
+constexpr int kLanes = INCEPTION_EXT_LANES;
+
+typedef float vfloat __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vint __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t vuint __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t vuint16 __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t vuint8 __attribute__((vector_size(kLanes)));
+// Half as many lanes: a double vector of the register's width, and the floats it converts from.
+typedef float vfloat_half __attribute__((vector_size(2 * kLanes)));
+typedef double vdouble __attribute__((vector_size(4 * kLanes)));
+
+template <typename Vector, typename Memory>
+INCEPTION_EXT_INLINE Vector load_bytes_as(const Memory* from) {
+  Vector v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <typename To, typename From>
+INCEPTION_EXT_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast between sizes");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+INCEPTION_EXT_INLINE vfloat broadcast(float value) { return value - vfloat{}; }
+INCEPTION_EXT_INLINE vint broadcast_int(int32_t value) { return value - vint{}; }
+
+// ---- masks --------------------------------------------------------------------------------------
+
+#if INCEPTION_EXT_LANES == 16
+
+typedef __mmask16 vmask;
+
+INCEPTION_EXT_INLINE vmask greater(vfloat a, vfloat b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+}
+INCEPTION_EXT_INLINE vmask equal(vfloat a, vfloat b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ);
+}
+// a > b, or one of them is a NaN.
+INCEPTION_EXT_INLINE vmask not_less_equal(vfloat a, vfloat b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ);
+}
+// One of them is a NaN.
+INCEPTION_EXT_INLINE vmask unordered(vfloat a, vfloat b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q);
+}
+INCEPTION_EXT_INLINE vmask either(vmask a, vmask b) { return _kor_mask16(a, b); }
+INCEPTION_EXT_INLINE bool any(vmask mask) { return mask != 0; }
+INCEPTION_EXT_INLINE vfloat select(vmask mask, vfloat yes, vfloat no) {
+  return (vfloat)_mm512_mask_mov_ps((__m512)no, mask, (__m512)yes);
+}
+INCEPTION_EXT_INLINE vint select(vmask mask, vint yes, vint no) {
+  return (vint)_mm512_mask_mov_epi32((__m512i)no, mask, (__m512i)yes);
+}
+INCEPTION_EXT_INLINE vfloat value_or_zero(vmask mask, vfloat value) {
+  return (vfloat)_mm512_maskz_mov_ps(mask, (__m512)value);
+}
+INCEPTION_EXT_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
+  return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+
+#else
+
+typedef vint vmask;
+
+INCEPTION_EXT_INLINE vmask greater(vfloat a, vfloat b) { return a > b; }
+INCEPTION_EXT_INLINE vmask equal(vfloat a, vfloat b) { return a == b; }
+INCEPTION_EXT_INLINE vmask either(vmask a, vmask b) { return a | b; }
+INCEPTION_EXT_INLINE vfloat value_or_zero(vmask mask, vfloat value) {
+  return bit_cast<vfloat>(mask & bit_cast<vint>(value));
+}
+
+#if INCEPTION_EXT_LANES == 8
+
+INCEPTION_EXT_INLINE vmask not_less_equal(vfloat a, vfloat b) {
+  return (vmask)_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLE_UQ);
+}
+INCEPTION_EXT_INLINE vmask unordered(vfloat a, vfloat b) {
+  return (vmask)_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q);
+}
+INCEPTION_EXT_INLINE bool any(vmask mask) { return _mm256_movemask_ps((__m256)mask) != 0; }
+INCEPTION_EXT_INLINE vfloat select(vmask mask, vfloat yes, vfloat no) {
+  return (vfloat)_mm256_blendv_ps((__m256)no, (__m256)yes, (__m256)mask);
+}
+INCEPTION_EXT_INLINE vint select(vmask mask, vint yes, vint no) {
+  return (vint)_mm256_blendv_epi8((__m256i)no, (__m256i)yes, (__m256i)mask);
+}
+INCEPTION_EXT_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
+  return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+
+#else
+
+INCEPTION_EXT_INLINE vmask not_less_equal(vfloat a, vfloat b) { return ~(a <= b); }
+INCEPTION_EXT_INLINE vmask unordered(vfloat a, vfloat b) { return (a != a) | (b != b); }
+INCEPTION_EXT_INLINE bool any(vmask mask) {
+  int32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= mask[i];
+  return found != 0;
+}
+INCEPTION_EXT_INLINE vfloat select(vmask mask, vfloat yes, vfloat no) { return mask ? yes : no; }
+INCEPTION_EXT_INLINE vint select(vmask mask, vint yes, vint no) { return mask ? yes : no; }
+// Rounds the product: no fused instruction can be taken for granted here.
+INCEPTION_EXT_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return a * b + c; }
+
+#endif
+#endif
+
+// ---- arithmetic ---------------------------------------------------------------------------------
+
+// b where one of them is a NaN.
+INCEPTION_EXT_INLINE vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
+
+// A NaN in either gives a NaN.
+INCEPTION_EXT_INLINE vfloat max_or_nan(vfloat a, vfloat b) {
+#if INCEPTION_EXT_LANES == 16
+  const __mmask16 ordered = _mm512_cmp_ps_mask((__m512)a, (__m512)a, _CMP_ORD_Q);
+  return (vfloat)_mm512_mask_max_ps((__m512)a, ordered, (__m512)a, (__m512)b);
+#else
+  return select(unordered(a, a), a, max(a, b));
+#endif
+}
+
+// NaN stays NaN.
+INCEPTION_EXT_INLINE vfloat relu(vfloat v) { return max(vfloat{}, v); }
+
+// ---- bfloat16 -----------------------------------------------------------------------------------
+
+INCEPTION_EXT_INLINE vfloat widen(vuint16 v) {
+  return bit_cast<vfloat>(__builtin_convertvector(v, vuint) << 16);
+}
+
+// For values that are bfloat16 already.
+INCEPTION_EXT_INLINE vuint16 narrow_exact(vfloat v) {
+  return __builtin_convertvector(bit_cast<vuint>(v) >> 16, vuint16);
+}
+
+// To nearest, ties to even; a NaN stays a NaN (its quiet bit is set, or the carry could make it
+// an infinity).
+INCEPTION_EXT_INLINE vuint16 narrow(vfloat v) {
+  const vuint bits = bit_cast<vuint>(v);
+  const vuint rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const vuint quiet = bits | 0x400000u;
+  const vfloat chosen = select(unordered(v, v), bit_cast<vfloat>(quiet), bit_cast<vfloat>(rounded));
+  return narrow_exact(chosen);
+}
+
+// ---- loads and stores ---------------------------------------------------------------------------
+
+// All lanes of a vector. FirstLanes below has the same members.
+struct AllLanes {
+  INCEPTION_EXT_INLINE vfloat load(const float* from) const { return load_bytes_as<vfloat>(from); }
+  INCEPTION_EXT_INLINE vfloat load(const bf16* from) const {
+    return widen(load_bytes_as<vuint16>(from));
+  }
+  INCEPTION_EXT_INLINE vfloat load(const uint8_t* from) const {
+    return __builtin_convertvector(__builtin_convertvector(load_bytes_as<vuint8>(from), vint),
+                                   vfloat);
+  }
+  INCEPTION_EXT_INLINE void store(float* to, vfloat v) const { __builtin_memcpy(to, &v, sizeof v); }
+  INCEPTION_EXT_INLINE void store(bf16* to, vfloat v) const { store_raw(to, narrow(v)); }
+  INCEPTION_EXT_INLINE void store_exact(float* to, vfloat v) const { store(to, v); }
+  INCEPTION_EXT_INLINE void store_exact(bf16* to, vfloat v) const {
+    store_raw(to, narrow_exact(v));
+  }
+  INCEPTION_EXT_INLINE void store_bytes(uint8_t* to, vint v) const {
+    store_raw(to, __builtin_convertvector(v, vuint8));
+  }
+  // Lanes whose byte equals `value`.
+  INCEPTION_EXT_INLINE vmask bytes_equal(const uint8_t* from, uint8_t value) const {
+#if INCEPTION_EXT_LANES == 16
+    return _mm_cmpeq_epi8_mask(_mm_loadu_si128((const __m128i*)from), _mm_set1_epi8((char)value));
+#else
+    return __builtin_convertvector(load_bytes_as<vuint8>(from), vint) == broadcast_int(value);
+#endif
+  }
+
+ private:
+  template <typename Memory, typename Vector>
+  INCEPTION_EXT_INLINE void store_raw(Memory* to, Vector v) const {
+    __builtin_memcpy(to, &v, sizeof v);
+  }
+};
+
+// The first `count` lanes, 0 < count < kLanes: the others load as 0 and are not stored, and their
+// memory is not touched.
+#if INCEPTION_EXT_LANES == 16
+
+struct FirstLanes {
+  INCEPTION_EXT_INLINE explicit FirstLanes(int64_t count) : mask((__mmask16)((1u << count) - 1)) {}
+  INCEPTION_EXT_INLINE vfloat load(const float* from) const {
+    return (vfloat)_mm512_maskz_loadu_ps(mask, from);
+  }
+  INCEPTION_EXT_INLINE vfloat load(const bf16* from) const {
+    return widen((vuint16)_mm256_maskz_loadu_epi16(mask, from));
+  }
+  INCEPTION_EXT_INLINE void store(float* to, vfloat v) const {
+    _mm512_mask_storeu_ps(to, mask, (__m512)v);
+  }
+  INCEPTION_EXT_INLINE void store(bf16* to, vfloat v) const {
+    _mm256_mask_storeu_epi16(to, mask, (__m256i)narrow(v));
+  }
+  INCEPTION_EXT_INLINE void store_exact(float* to, vfloat v) const { store(to, v); }
+  INCEPTION_EXT_INLINE void store_exact(bf16* to, vfloat v) const {
+    _mm256_mask_storeu_epi16(to, mask, (__m256i)narrow_exact(v));
+  }
+  INCEPTION_EXT_INLINE void store_bytes(uint8_t* to, vint v) const {
+    _mm_mask_storeu_epi8(to, mask, (__m128i) __builtin_convertvector(v, vuint8));
+  }
+  INCEPTION_EXT_INLINE vmask bytes_equal(const uint8_t* from, uint8_t value) const {
+    return _mm_mask_cmpeq_epi8_mask(mask, _mm_maskz_loadu_epi8(mask, from),
+                                    _mm_set1_epi8((char)value));
+  }
+
+  __mmask16 mask;
+};
+
+#else
+
+struct FirstLanes {
+  INCEPTION_EXT_INLINE explicit FirstLanes(int64_t n) : count((unsigned)n) {}
+  template <typename T>
+  INCEPTION_EXT_INLINE vfloat load(const T* from) const {
+    T lanes[kLanes] = {};
+    copy(lanes, from);
+    return AllLanes{}.load(lanes);
+  }
+  template <typename T>
+  INCEPTION_EXT_INLINE void store(T* to, vfloat v) const {
+    T lanes[kLanes];
+    AllLanes{}.store(lanes, v);
+    copy(to, lanes);
+  }
+  template <typename T>
+  INCEPTION_EXT_INLINE void store_exact(T* to, vfloat v) const {
+    T lanes[kLanes];
+    AllLanes{}.store_exact(lanes, v);
+    copy(to, lanes);
+  }
+  INCEPTION_EXT_INLINE void store_bytes(uint8_t* to, vint v) const {
+    uint8_t lanes[kLanes];
+    AllLanes{}.store_bytes(lanes, v);
+    copy(to, lanes);
+  }
+  INCEPTION_EXT_INLINE vmask bytes_equal(const uint8_t* from, uint8_t value) const {
+    uint8_t lanes[kLanes] = {};
+    copy(lanes, from);
+    return AllLanes{}.bytes_equal(lanes, value);
+  }
+
+  unsigned count;
+
+ private:
+  // A loop of element moves, which beats a memcpy call at these lengths.
+  template <typename T>
+  INCEPTION_EXT_INLINE void copy(T* to, const T* from) const {
+    for (unsigned i = 0; i < count; ++i) to[i] = from[i];
+  }
+};
+
+#endif
+
+INCEPTION_EXT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INCEPTION_EXT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---- loops --------------------------------------------------------------------------------------
+
+// op.run<kRows>(pixel, c, lanes) for every vector of channels of the pixels [pixel, pixel + kRows).
+template <int kRows, typename Op>
+INCEPTION_EXT_INLINE void for_each_vector(const Op& op, int64_t pixel, int64_t channels) {
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) op.template run<kRows>(pixel, c, AllLanes{});
+  if (c < channels) op.template run<kRows>(pixel, c, FirstLanes(channels - c));
+}
+
+// The same for all pixels [begin, end), several at a time, so that what an op holds per channel is
+// loaded once for all of them.
+template <int kRows, typename Op>
+INCEPTION_EXT_INLINE void for_each_pixel(const Op& op, int64_t begin, int64_t end,
+                                         int64_t channels) {
+  int64_t pixel = begin;
+  for (; pixel + kRows <= end; pixel += kRows) for_each_vector<kRows>(op, pixel, channels);
+  for (; pixel < end; ++pixel) for_each_vector<1>(op, pixel, channels);
+}
+
+// Pixels of `channels` elements that make a part worth a thread.
+INCEPTION_EXT_INLINE int64_t pixel_grain(int64_t channels) {
+  const int64_t grain = 32768 / channels;
+  return grain > 1 ? grain : 1;
+}
+
+}  // namespace inception_ext::cpu::INCEPTION_EXT_ISA
