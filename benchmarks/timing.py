@@ -1,0 +1,203 @@
+"""Check, then time: the one helper behind every benchmark here.
+
+Contestants run interleaved in one process: each round gives every contestant one turn, in an order
+that changes from round to round, so that a neighbour's load, a clock that drifts or a warm cache
+meets all of them alike.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Candidate", "Result", "Summary", "contest", "interleave", "relative_error", "summarize"]
+
+Call = Callable[[int], Any]  # call(i) runs the contestant on input number i
+
+SHORT_CALL = 0.1  # s: shorter calls start each turn with one that is not timed
+TURN = 0.05  # s: what a turn of short calls lasts, about
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Statistics of the samples of one contestant, in seconds."""
+
+    samples: int
+    median: float
+    p20: float
+    p80: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A contestant before it is built.
+
+    Args:
+        name: unique in its contest.
+        make: builds the contestant and returns its ``call(i)``; an exception means that it does
+            not take part, and its text is the reason given.
+    """
+
+    name: str
+    make: Callable[[], Call]
+
+
+@dataclass
+class Result:
+    """How one contestant fared.
+
+    ``status`` is ``"ok"``, ``"wrong"`` (timed, but its error is above the limit) or ``"missing"``
+    (not timed; ``reason`` says why).
+    """
+
+    name: str
+    status: str
+    reason: str | None = None
+    error: float | None = None
+    summary: Summary | None = field(default=None)
+
+
+def summarize(samples: Sequence[float]) -> Summary:
+    """Median, 20th and 80th percentile (linear between samples) of at least one sample."""
+    if not samples:
+        raise ValueError("samples should hold at least one time")
+    cuts = statistics.quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else samples
+    return Summary(len(samples), statistics.median(samples), p20=cuts[0], p80=cuts[-1])
+
+
+def interleave(
+    calls: Mapping[str, Call],
+    *,
+    rounds: int,
+    inputs: int = 1,
+    warmup: int = 2,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, list[float]]:
+    """Times every contestant in every round, in a shuffled order.
+
+    A turn is one timed call where calls are long. Where they are shorter than 0.1 s, one untimed
+    call comes first (the caches hold the neighbour's data), and as many timed ones follow as fit
+    in about 0.05 s.
+
+    Args:
+        calls: ``call(i)`` by name.
+        rounds: turns of each contestant.
+        inputs: calls rotate over the inputs 0 ... inputs - 1.
+        warmup: untimed calls of each contestant before the first round.
+        seed: of the order within the rounds.
+        clock: seconds, monotonic.
+        progress: called with the number of finished rounds.
+
+    Returns:
+        seconds of each timed call, by name, in the order of ``calls``.
+    """
+    order = random.Random(seed)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    turns: dict[str, int] = {}
+    counter = dict.fromkeys(calls, 0)
+
+    def timed(name: str) -> float:
+        index = counter[name] % inputs
+        counter[name] += 1
+        start = clock()
+        calls[name](index)
+        return clock() - start
+
+    for name in calls:
+        last = [timed(name) for _ in range(max(warmup, 1))][-1]
+        turns[name] = 0 if last >= SHORT_CALL else max(1, round(TURN / max(last, 1e-6)))
+
+    names = list(calls)
+    for done in range(rounds):
+        order.shuffle(names)
+        for name in names:
+            if turns[name]:
+                timed(name)
+            samples[name] += [timed(name) for _ in range(turns[name] or 1)]
+        if progress:
+            progress(done + 1)
+    return samples
+
+
+def relative_error(output: Any, reference: Sequence[Tensor] | Tensor) -> float:
+    """Largest ``max|output - reference| / max|reference|`` over one Tensor or a list of them.
+
+    Args:
+        output: what a contestant returned: a Tensor, an array, or a list of them.
+        reference: float64 Tensors of the same shapes.
+    """
+    if isinstance(reference, Tensor):
+        output, reference = [output], [reference]
+    worst = 0.0
+    for got, want in zip(output, reference, strict=True):
+        got = torch.as_tensor(got).detach().double()
+        if got.shape != want.shape:
+            raise ValueError(f"output is {list(got.shape)}, the reference {list(want.shape)}")
+        error = ((got - want).abs().max() / want.abs().max()).item()
+        worst = max(worst, error) if error == error else float("nan")
+        if worst != worst:
+            break
+    return worst
+
+
+def contest(
+    candidates: Sequence[Candidate],
+    references: Sequence[Any],
+    *,
+    rounds: int,
+    limit: Callable[[Mapping[str, float | None]], float],
+    inputs: int | None = None,
+    warmup: int = 2,
+    announce: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Result]:
+    """Builds, checks and times contestants.
+
+    Args:
+        candidates: in the order of the table.
+        references: float64 results for the inputs 0, 1, ...; each contestant runs all of them
+            before the first is compared, so that an output buffer used twice shows.
+        rounds, warmup, progress: as in :func:`interleave`.
+        limit: from the errors of all contestants by name to the largest error that is right.
+        inputs: how many inputs the calls rotate over; default: those with a reference.
+        announce: called with a line before each slow step.
+    """
+    results = {candidate.name: Result(candidate.name, "missing") for candidate in candidates}
+    calls: dict[str, Call] = {}
+    for candidate in candidates:
+        result = results[candidate.name]
+        announce(f"building {candidate.name}")
+        try:
+            call = candidate.make()
+            outputs = [call(i) for i in range(len(references))]
+            errors = [relative_error(*pair) for pair in zip(outputs, references, strict=True)]
+        except Exception as error:  # whatever a peer raises is a reason, not the end of the run
+            result.reason = _one_line(error)
+            continue
+        result.error = max(errors) if all(e == e for e in errors) else float("nan")
+        calls[candidate.name] = call
+
+    announce(f"timing {len(calls)} contestants, {rounds} rounds")
+    times = interleave(
+        calls, rounds=rounds, inputs=inputs or len(references), warmup=warmup, progress=progress
+    )
+    right = limit({name: results[name].error for name in calls}) if calls else 0.0
+    for name, samples in times.items():
+        result = results[name]
+        result.summary = summarize(samples)
+        result.status = "ok" if result.error is not None and result.error <= right else "wrong"
+        if result.status == "wrong":
+            result.reason = f"error {result.error:.1e} is above {right:.1e}"
+    return list(results.values())
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
