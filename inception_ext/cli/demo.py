@@ -188,7 +188,7 @@ def _digits(report: Report, args: argparse.Namespace) -> None:
     say("\n  accuracy on held-out digits")
     for name in HEADS:
         say(f"    {name:5} softmax {accuracy[name]:7.2%}")
-    title = "GoogLeNet on handwritten digits: " + ", ".join(
+    title = "GoogLeNet on handwritten digits; held-out accuracy: " + ", ".join(
         f"{name} {accuracy[name]:.1%}" for name in HEADS
     )
     save_loss_curves(history, args.output_dir / "loss_curves.png", title)
