@@ -8,6 +8,9 @@
 #   INCEPTION_EXT_CUDA=0             no CUDA kernels
 #   TESTS="-k max_pool"              arguments of pytest
 
+SHELL = /bin/bash
+.SHELLFLAGS = -o pipefail -c
+
 TORCH ?= 2.13.0
 PYTHON ?= python3
 TESTS ?=
@@ -17,7 +20,7 @@ export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0a
 # torchvision 0.28 belongs to torch 2.13, and so on.
 TORCHVISION = 0.$(shell expr $(word 2,$(subst ., ,$(TORCH))) + 15).*
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP = $(BIN)/python -m pip --disable-pip-version-check install
 SOURCES = $(shell find csrc -type f) setup.py
 WORKERS = $(shell nproc)
 
@@ -37,29 +40,27 @@ build: $(VENV)/.built
 
 $(VENV)/.torch-$(TORCH):
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch==$(TORCH)
-	$(PIP) "setuptools>=77" wheel build ninja numpy pybind11
-	$(PIP) --no-deps "torchvision==$(TORCHVISION)"
-	rm -f $(VENV)/.torch-* $(VENV)/.packages $(VENV)/.built
+	$(PIP) --quiet torch==$(TORCH)
+	$(PIP) --quiet "setuptools>=77" wheel build ninja numpy pybind11
+	$(PIP) --quiet --no-deps "torchvision==$(TORCHVISION)"
+	rm -f $(VENV)/.torch-* $(VENV)/.built
 	touch $@
 
-$(VENV)/.packages: $(VENV)/.torch-$(TORCH) pyproject.toml
-	@$(BIN)/python -c "import tomllib as t; e = t.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*{*e['demo'], *e['test']})" \
-	  | xargs $(PIP)
-	touch $@
-
-$(VENV)/.built: $(VENV)/.packages $(SOURCES)
-	$(PIP) --no-build-isolation --no-deps --verbose --editable . | grep -E "inception_ext:|error|\[[0-9]+/[0-9]+\]" || true
+$(VENV)/.built: $(VENV)/.torch-$(TORCH) pyproject.toml $(SOURCES)
+	@mkdir -p build
+	@$(PIP) --verbose --no-build-isolation --editable ".[demo,test]" 2>&1 | tee build/install.log \
+	  | { grep -E "^ *(inception_ext:|\[[0-9]+/[0-9]+\])" || true; } \
+	  || { grep -vE "^ *(adding|copying|creating|running|writing)" build/install.log | tail -n 60; exit 1; }
 	@INCEPTION_EXT_REQUIRE=1 $(BIN)/python -c "import inception_ext"
 	touch $@
 
 lint:
-	$(PIP) ruff mypy clang-format
+	$(PIP) --quiet ruff mypy clang-format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 format:
-	$(PIP) ruff clang-format
+	$(PIP) --quiet ruff clang-format
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 

@@ -177,6 +177,9 @@ class NinjaBuild(build_ext):
             define("INCEPTION_EXT_VERSION", self.distribution.get_version()),
             define("INCEPTION_EXT_TORCH_VERSION", torch.__version__),
         ]
+        exports = build_dir / "exports.map"  # all but the module's entry point stays inside
+        exports.write_text("{ global: PyInit__C; local: *; };\n")
+        link_flags = ["-shared", f"-Wl,--version-script={exports}"]
         libraries = [f"-L{torch_root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
         if cuda:
             defines += [
@@ -205,7 +208,7 @@ class NinjaBuild(build_ext):
             "  deps = gcc",
             "  description = nvcc $in",
             "rule link",
-            f"  command = $cxx -shared -Wl,--exclude-libs,ALL $in -o $out {' '.join(libraries)}",
+            f"  command = $cxx {' '.join(link_flags)} $in -o $out {' '.join(libraries)}",
             "  description = link $out",
         ]
         objects = []
