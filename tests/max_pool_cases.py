@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-LAYOUTS = ["dense", "sliced", "misaligned", "padded_rows"]
+# sliced: channels of a wider tensor; misaligned: the same from an odd channel on. padded_rows and
+# odd_rows: a gap of 16 or 3 elements after each row. misaligned and odd_rows do not suit vectors.
+LAYOUTS = ["dense", "sliced", "misaligned", "padded_rows", "odd_rows"]
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
@@ -78,6 +80,20 @@ def gradient_bound(
     summation = 9 * 2.0**-24 * magnitude
     smallest = torch.finfo(grad_y.dtype).smallest_normal * UNIT_ROUNDOFF[grad_y.dtype]
     return UNIT_ROUNDOFF[grad_y.dtype] * (magnitude + summation) + summation + smallest
+
+
+def in_buffer(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A view [N, H, W, C] and the larger buffer around it, which is NaN (0xEE for uint8)."""
+    n, h, w, c = shape
+    pixel = c + 24 if layout in ("sliced", "misaligned") else c
+    row = w * pixel + {"padded_rows": 16, "odd_rows": 3}.get(layout, 0)
+    offset = 64 + {"sliced": 8, "misaligned": 3}.get(layout, 0)
+    canary = torch.nan if dtype.is_floating_point else 0xEE
+    buffer = torch.full((64 + n * h * row + 64,), canary, dtype=dtype, device=device)
+    assert buffer.data_ptr() % 64 == 0
+    return buffer.as_strided(shape, (h * row, row, pixel, 1), offset), buffer
 
 
 def random_input(shape: tuple[int, ...], dtype: torch.dtype, seed: int, values: str = "ties"):

@@ -9,6 +9,7 @@ from max_pool_cases import (
     Pool,
     assert_same_bits,
     gradient_bound,
+    in_buffer,
     random_input,
     reference_backward,
     reference_forward,
@@ -28,12 +29,7 @@ GOOGLENET = [
 
 def on_gpu(values: torch.Tensor, layout: str = "dense") -> torch.Tensor:
     """values [N, H, W, C] as [N, C, H, W] on the GPU, in a buffer that is NaN elsewhere."""
-    n, h, w, c = values.shape
-    wide = {"sliced": c + 24, "misaligned": c + 24}.get(layout, c)
-    start = {"sliced": 8, "misaligned": 3}.get(layout, 0)
-    columns = w + 2 if layout == "padded_rows" else w
-    buffer = torch.full((n, h, columns, wide), torch.nan, dtype=values.dtype, device="cuda")
-    view = buffer[:, :, :w, start : start + c]
+    view, _ = in_buffer(tuple(values.shape), values.dtype, layout, "cuda")
     view.copy_(values)
     return view.permute(0, 3, 1, 2)
 
