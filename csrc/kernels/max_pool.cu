@@ -32,6 +32,9 @@ namespace inception_ext::kernels {
 namespace {
 
 constexpr int kThreads = 128;
+// Blocks a multiprocessor, that is at most 128 registers a thread. Left to choose, ptxas spills a
+// few bytes in some instantiations to fit one block more.
+constexpr int kMinBlocks = 4;
 constexpr int kMaxKernelW = 3;
 
 __device__ __forceinline__ int32_t clamp(int32_t value, int32_t low, int32_t high) {
@@ -95,7 +98,7 @@ __device__ __forceinline__ Best<kVec> reduce_row(const T* x, const Columns& colu
 
 // Grid: x over OW * C / kVec, y over chunks of rows_per_thread output rows, z over N.
 template <typename T, int kVec, int kKernelH, int kStrideH, bool kArgmax>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     max_pool_forward_kernel(const __grid_constant__ MaxPoolForwardParams p,
                             int32_t rows_per_thread) {
   constexpr int kShared = kKernelH - kStrideH;  // rows that a window shares with the next
@@ -111,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   for (int64_t n = blockIdx.z; n < p.batch; n += gridDim.z) {
     const T* x = static_cast<const T*>(p.x) + n * p.x_stride.n + c;
     T* y = static_cast<T*>(p.y) + n * p.y_stride.n + ow * p.y_stride.w + c;
-    uint8_t* argmax = p.argmax + (n * output_h * p.output_w + ow) * p.channels + c;
+    const int64_t argmax_offset = (n * output_h * p.output_w + ow) * p.channels + c;
 
     for (int32_t begin = blockIdx.y * rows_per_thread; begin < output_h;
          begin += gridDim.y * rows_per_thread) {
@@ -144,7 +147,9 @@ __global__ void __launch_bounds__(kThreads, 4)
           index.data[i] = static_cast<uint8_t>(best_index);
         }
         store_vector(y + oh * p.y_stride.h, maximum);
-        if (kArgmax) store_vector(argmax + oh * p.output_w * p.channels, index);
+        if (kArgmax) {
+          store_vector(p.argmax + argmax_offset + oh * p.output_w * p.channels, index);
+        }
 #pragma unroll
         for (int kh = 0; kh < kShared; ++kh) row[kh] = row[kh + kStrideH];
       }
@@ -156,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 // window row t and then writes the stride_h input rows that no later window reaches: h + padding_h
 // in [t * stride_h, (t + 1) * stride_h).
 template <typename T, int kVec, int kKernelH, int kStrideH>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     max_pool_backward_kernel(const __grid_constant__ MaxPoolBackwardParams p,
                              int32_t steps_per_thread) {
   constexpr int kLead = (kKernelH - 1) / kStrideH;  // earlier window rows that reach a step's rows
@@ -181,11 +186,11 @@ __global__ void __launch_bounds__(kThreads, 4)
     if (ow < 0 || ow >= p.output_w || kw[j] >= p.window.kernel_w) kw[j] = kNoWindow;
   }
 
+  const T* grad_y = static_cast<const T*>(p.grad_y);
   for (int64_t n = blockIdx.z; n < p.batch; n += gridDim.z) {
     const int64_t first_ow = last_ow - (kMaxKernelW - 1);
-    const T* grad_y =
-        static_cast<const T*>(p.grad_y) + n * p.grad_y_stride.n + first_ow * p.grad_y_stride.w + c;
-    const uint8_t* argmax = p.argmax + (n * output_h * p.output_w + first_ow) * p.channels + c;
+    const int64_t grad_y_offset = n * p.grad_y_stride.n + first_ow * p.grad_y_stride.w + c;
+    const int64_t argmax_offset = (n * output_h * p.output_w + first_ow) * p.channels + c;
     T* grad_x = static_cast<T*>(p.grad_x) + n * p.grad_x_stride.n + w * p.grad_x_stride.w + c;
 
     for (int32_t begin = blockIdx.y * steps_per_thread; begin < steps;
@@ -202,8 +207,10 @@ __global__ void __launch_bounds__(kThreads, 4)
             grad[j] = {};
             index[j] = {};
             if (kw[j] < 0) continue;
-            grad[j] = load_vector<kVec>(grad_y + t * p.grad_y_stride.h + j * p.grad_y_stride.w);
-            index[j] = load_vector<kVec>(argmax + (t * p.output_w + j) * p.channels);
+            grad[j] = load_vector<kVec>(grad_y + grad_y_offset + t * p.grad_y_stride.h +
+                                        j * p.grad_y_stride.w);
+            index[j] =
+                load_vector<kVec>(p.argmax + argmax_offset + (t * p.output_w + j) * p.channels);
           }
 #pragma unroll
           for (int j = 0; j < kMaxKernelW; ++j) {
