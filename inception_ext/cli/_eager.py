@@ -27,7 +27,7 @@ def eager_twin(model: GoogLeNet) -> tuple[str, Callable[[Tensor], Tensor]]:
     except ImportError:
         twin = copy.deepcopy(model)
         name = "the reference path, eager"
-    twin = twin.eval().to(memory_format=torch.channels_last)
+    twin.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def call(images: Tensor) -> Tensor:
         with torch.inference_mode(), use_kernels(False):

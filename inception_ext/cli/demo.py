@@ -8,8 +8,10 @@ frozen, on digits that it has not seen. The exit status is 1 where a check fails
 import argparse
 import copy
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--epochs", type=_positive, default=8, help="of the training (default: 8)")
+    parser.add_argument("--threads", type=_positive, help="of PyTorch (default: its own choice)")
     parser.add_argument(
         "--quick", action="store_true", help="a few steps of everything; accuracy is not checked"
     )
@@ -75,9 +78,12 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--output-dir {args.output_dir}: {error.strerror}") from error
 
     start = time.perf_counter()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     report = Report(quick=args.quick, seed=args.seed)
     heading("1. What is installed")
     say(info.render(info.collect()))
+    _warn_of_company()
     _photographs(report)
     _digits(report, args)
     report.results["seconds"] = round(time.perf_counter() - start, 1)
@@ -92,6 +98,16 @@ def run(args: argparse.Namespace) -> int:
     say(f"  {report.results['seconds']:.0f} s with {report.threads} threads")
     say(f"  wrote {args.output_dir / 'loss_curves.png'} and {summary}")
     return 1 if failed else 0
+
+
+def _warn_of_company() -> None:
+    """Threads that wait for one another suffer badly where other programs hold the cores."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load + torch.get_num_threads() > (os.cpu_count() or 1) + 1:
+        say(
+            f"\n  Note: other programs keep this machine busy (load {load:.1f}): expect poor times, "
+            "and try --threads 1."
+        )
 
 
 def _photographs(report: Report) -> None:
@@ -133,7 +149,7 @@ def _photographs(report: Report) -> None:
     for batch in sorted({1, len(images)}):
         some = images[:batch]
         medians = interleaved_medians(
-            {"eager": lambda x=some: eager(x), "freeze": lambda x=some: engine(x)},
+            {"eager": partial(eager, some), "freeze": partial(engine, some)},
             seconds=0.2 if report.quick else 4,
         )
         times[batch] = {name: 1e3 * seconds / batch for name, seconds in medians.items()}
@@ -178,7 +194,7 @@ def _digits(report: Report, args: argparse.Namespace) -> None:
     )
     torch.manual_seed(args.seed)
     model = googlenet(num_classes=10, init_weights=True)
-    model = model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     history = train(
         model, digits.train_images[:count], digits.train_labels[:count], recipe, seed=args.seed
     )
@@ -229,7 +245,7 @@ def _held_out(report: Report, model: Any, images: Tensor, labels: Tensor) -> Non
     correct = (predictions["freeze"] == labels).double().mean().item()
     some = images[:60]
     medians = interleaved_medians(
-        {"eager": lambda: eager(some), "freeze": lambda: engine(some)},
+        {"eager": partial(eager, some), "freeze": partial(engine, some)},
         seconds=0.2 if report.quick else 3,
     )
     times = {name: 1e3 * seconds / len(some) for name, seconds in medians.items()}
