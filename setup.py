@@ -127,7 +127,8 @@ def default_jobs() -> int:
     """Compilers at once: one a core, and 2 GiB of free memory each."""
     cores = len(os.sched_getaffinity(0))
     meminfo = Path("/proc/meminfo")
-    available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text() if meminfo.exists() else "")
+    text = meminfo.read_text() if meminfo.exists() else ""
+    available = re.search(r"MemAvailable:\s+(\d+) kB", text)
     by_memory = int(available[1]) // (2 << 20) if available else cores
     return max(1, min(cores, by_memory))
 
@@ -153,7 +154,7 @@ class NinjaBuild(build_ext):
         architectures = cuda.architectures() if cuda else []
         sources = [ROOT / s for s in ext.sources if cuda or not s.endswith(".cu")]
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = ROOT / "build" / "ninja"  # kept, so that a second build compiles only what changed
+        build_dir = ROOT / "build" / "ninja"  # kept: a second build compiles only what changed
         build_dir.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         jobs = int(os.environ.get("MAX_JOBS") or default_jobs())

@@ -214,7 +214,9 @@ def _inception_flop(x: Any, conv_weights: list[Any], *_: Any, **__: Any) -> int:
     return sum(2 * n * h * w * k * c * r * s for k, c, r, s in conv_weights)
 
 
-def _inception_backward_flop(grad: Any, x: Any, conv_weights: list[Any], *rest: Any, **_: Any) -> int:
+def _inception_backward_flop(
+    grad: Any, x: Any, conv_weights: list[Any], *rest: Any, **_: Any
+) -> int:
     n, _c, h, w = x
     needs = rest[-1]
     needs_input = (needs[0], needs[0], True, needs[0], True, needs[0])

@@ -20,9 +20,7 @@ def _second_order() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _reference_gradients(
-    output: Tensor, grad: Tensor, inputs: list[Tensor]
-) -> list[Tensor | None]:
+def _reference_gradients(output: Tensor, grad: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
     """Gradients of those inputs that need one, with a graph of their own; None for the others."""
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
     found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))

@@ -202,7 +202,7 @@ class _Watch:
     def __init__(self, model: nn.Module) -> None:
         self._tensors: list[tuple[dict[str, Any], str, Tensor, int, int]] = []
         self._children: list[tuple[dict[str, Any], str, nn.Module | None]] = []
-        self._counts: list[tuple[dict[str, Any], int]] = []
+        self._counts: list[tuple[dict[int, Any], int]] = []
         for module in model.modules():
             hooks = (module._forward_hooks, module._forward_pre_hooks)
             self._counts.extend((table, len(table)) for table in hooks)
@@ -286,7 +286,7 @@ class _Convolution:
 
 def _has_fused_convolution(x: Tensor) -> bool:
     """oneDNN's fused convolution is a private operator of torch, and may be missing."""
-    return (
+    return bool(
         x.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
@@ -299,9 +299,9 @@ def _has_fused_convolution(x: Tensor) -> bool:
 class _Inception:
     """An Inception module: merged 1x1, two convolutions, pool and projection, into one output."""
 
-    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, block: Any, dtype: torch.dtype) -> None:
         b1, b2, b3, b4 = block.branch1, block.branch2, block.branch3, block.branch4
-        folded = [_fold(conv) for conv in (b1, b2[0], b3[0])]  # type: ignore[index, arg-type]
+        folded = [_fold(conv) for conv in (b1, b2[0], b3[0])]
         self.split = [weight.shape[0] for weight, _ in folded]
         self.merged = _Convolution(
             torch.cat([weight for weight, _ in folded]),
@@ -310,18 +310,16 @@ class _Inception:
             (0, 0),
             dtype,
         )
-        self.conv_3x3 = _fused_convolution(b2[1], dtype)  # type: ignore[index]
-        self.conv_5x5 = _fused_convolution(b3[1], dtype)  # type: ignore[index]
-        self.pool: nn.Module = b4[0]  # type: ignore[index]
-        self.projection = _fused_convolution(b4[1], dtype)  # type: ignore[index]
+        self.conv_3x3 = _fused_convolution(b2[1], dtype)
+        self.conv_5x5 = _fused_convolution(b3[1], dtype)
+        self.pool: nn.Module = b4[0]
+        self.projection = _fused_convolution(b4[1], dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         # [N, K1 + K3red + K5red, H, W]: all that reads x
         y1, y3, y5 = self.merged(x).split(self.split, 1)
         pooled = max_pool(self.pool, x)
-        return torch.cat(
-            [y1, self.conv_3x3(y3), self.conv_5x5(y5), self.projection(pooled)], 1
-        )
+        return torch.cat([y1, self.conv_3x3(y3), self.conv_5x5(y5), self.projection(pooled)], 1)
 
 
 def _step(module: nn.Module, dtype: torch.dtype) -> Step:
@@ -335,18 +333,16 @@ def _step(module: nn.Module, dtype: torch.dtype) -> Step:
     return _ModuleCall(module, dtype)
 
 
-def _classifier(module: nn.Module, dtype: torch.dtype) -> Step:
+def _classifier(module: Any, dtype: torch.dtype) -> Step:
     if not _is_plain(module, nn.Linear):
         return _ModuleCall(module, dtype)
-    weight = module.weight.to(dtype)  # type: ignore[operator, union-attr]
-    bias = None if module.bias is None else module.bias.to(dtype)  # type: ignore[operator, union-attr]
+    weight = module.weight.to(dtype)
+    bias = None if module.bias is None else module.bias.to(dtype)
     return lambda x: F.linear(x, weight, bias)
 
 
 def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
-    return isinstance(module, nn.Module) and (
-        functional.why_module_reference(module, kind) is None
-    )
+    return isinstance(module, nn.Module) and (functional.why_module_reference(module, kind) is None)
 
 
 def _is_foldable(module: Any) -> bool:

@@ -151,13 +151,13 @@ class GoogLeNet(nn.Module):
 
     def _to_4a(self, x: Tensor) -> Tensor:
         x = self.conv1(x)  # [N, 64, 112, 112] for 224 x 224 images
-        x = self.maxpool1(x) if torch.jit.is_scripting() else max_pool(self.maxpool1, x)  # [N, 64, 56, 56]
+        x = self.maxpool1(x) if torch.jit.is_scripting() else max_pool(self.maxpool1, x)
         x = self.conv2(x)
         x = self.conv3(x)  # [N, 192, 56, 56]
-        x = self.maxpool2(x) if torch.jit.is_scripting() else max_pool(self.maxpool2, x)  # [N, 192, 28, 28]
-        x = self.inception3a(x)
+        x = self.maxpool2(x) if torch.jit.is_scripting() else max_pool(self.maxpool2, x)
+        x = self.inception3a(x)  # [N, 256, 28, 28]
         x = self.inception3b(x)  # [N, 480, 28, 28]
-        x = self.maxpool3(x) if torch.jit.is_scripting() else max_pool(self.maxpool3, x)  # [N, 480, 14, 14]
+        x = self.maxpool3(x) if torch.jit.is_scripting() else max_pool(self.maxpool3, x)
         return self.inception4a(x)  # [N, 512, 14, 14]
 
     def _to_4d(self, x: Tensor) -> Tensor:
@@ -167,8 +167,8 @@ class GoogLeNet(nn.Module):
 
     def _to_5b(self, x: Tensor) -> Tensor:
         x = self.inception4e(x)  # [N, 832, 14, 14]
-        x = self.maxpool4(x) if torch.jit.is_scripting() else max_pool(self.maxpool4, x)  # [N, 832, 7, 7]
-        x = self.inception5a(x)
+        x = self.maxpool4(x) if torch.jit.is_scripting() else max_pool(self.maxpool4, x)
+        x = self.inception5a(x)  # [N, 832, 7, 7]
         return self.inception5b(x)  # [N, 1024, 7, 7]
 
     def forward_features(self, x: Tensor) -> Tensor:

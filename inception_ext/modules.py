@@ -38,7 +38,7 @@ class BasicConv2d(nn.Module):
             return _batch_norm_relu(self.bn, x)
 
 
-def _batch_norm_relu(bn: nn.Module, x: Tensor) -> Tensor:
+def _batch_norm_relu(bn: Any, x: Tensor) -> Tensor:
     if why_reference(x) is not None or _why_batch_norm_reference(bn) is not None:
         return F.relu(bn(x))  # not in place: backward hooks on bn forbid it, forward hooks keep x
     if bn.training:
@@ -55,7 +55,7 @@ def _batch_norm_relu(bn: nn.Module, x: Tensor) -> Tensor:
     )
 
 
-def _why_batch_norm_reference(bn: nn.Module) -> str | None:
+def _why_batch_norm_reference(bn: Any) -> str | None:
     reason = why_module_reference(bn, nn.BatchNorm2d)
     if reason is not None:
         return reason
@@ -184,7 +184,7 @@ def why_block_reference(block: Inception) -> str | None:
             return reason
         if len(sequence) != 2:
             return f"a branch of {len(sequence)} modules, not 2"
-    pool = block.branch4[0]
+    pool: Any = block.branch4[0]
     if (reason := why_module_reference(pool, nn.MaxPool2d)) is not None:
         return reason
     if (pool.kernel_size, pool.stride, pool.padding, pool.dilation) != (3, 1, 1, 1):
@@ -207,7 +207,7 @@ def why_block_reference(block: Inception) -> str | None:
     return None
 
 
-def _is_plain(conv: nn.Module) -> bool:
+def _is_plain(conv: Any) -> bool:
     """Whether all that matters of a convolution is its weight."""
     r = conv.kernel_size[0]
     return (
@@ -220,7 +220,7 @@ def _is_plain(conv: nn.Module) -> bool:
     )
 
 
-def max_pool(pool: nn.Module, x: Tensor) -> Tensor:
+def max_pool(pool: Any, x: Tensor) -> Tensor:
     """Calls an ``nn.MaxPool2d`` through the kernels where they can stand in for it."""
     if (
         torch.jit.is_scripting()

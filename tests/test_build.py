@@ -75,7 +75,8 @@ def import_from(folder: Path) -> list[str]:
 def test_plain_install_without_cuda(sources: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     env = {"INCEPTION_EXT_CUDA": "0"}
-    log = pip("install", "-v", "--no-build-isolation", "--no-deps", "--target", target, sources, env=env)
+    options = ("-v", "--no-build-isolation", "--no-deps", "--target", target)
+    log = pip("install", *options, sources, env=env)
     assert "no CUDA kernels" in log
     assert import_from(target)[1] == "None"
 
@@ -140,9 +141,7 @@ def test_default_architectures_follow_nvcc(sources: Path) -> None:
         ),
     ],
 )
-def test_build_errors_are_one_line(
-    sources: Path, env: dict[str, str], message: str
-) -> None:
+def test_build_errors_are_one_line(sources: Path, env: dict[str, str], message: str) -> None:
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext"],
         cwd=sources,
