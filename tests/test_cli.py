@@ -263,3 +263,20 @@ def test_smoothed_starts_without_bias():
 
     assert smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
     assert smoothed([0.0, 1.0]) == pytest.approx([0.0, 0.1 / 0.19])
+
+
+def test_demo_says_when_others_hold_the_cores(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "cpu_in_use", lambda: (0.0, 512))
+    demo._warn_of_company()
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(demo, "cpu_in_use", lambda: (2.0, 2))
+    demo._warn_of_company()
+    assert "other programs hold 2.0 of 2 cores" in capsys.readouterr().out
+
+
+def test_cpu_in_use_is_a_number_of_cores():
+    from inception_ext.cli._timing import cpu_in_use
+
+    busy, cores = cpu_in_use(0.05)
+    assert cores >= 1
+    assert 0 <= busy <= cores

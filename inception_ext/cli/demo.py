@@ -8,7 +8,6 @@ frozen, on digits that it has not seen. The exit status is 1 where a check fails
 import argparse
 import copy
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from inception_ext.cli import info
 from inception_ext.cli._console import CommandError, heading, require, say
+from inception_ext.cli._timing import cpu_in_use, interleaved_medians
 
 __all__ = ["add_arguments", "run"]
 
@@ -102,11 +102,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _warn_of_company() -> None:
     """Threads that wait for one another suffer badly where other programs hold the cores."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load + torch.get_num_threads() > (os.cpu_count() or 1) + 1:
+    busy, cores = cpu_in_use()
+    if busy + torch.get_num_threads() > cores + 0.5:
         say(
-            f"\n  Note: other programs keep this machine busy (load {load:.1f}): expect poor times, "
-            "and try --threads 1."
+            f"\n  Note: other programs hold {busy:.1f} of {cores} cores. "
+            "Expect poor times, and try --threads 1."
         )
 
 
@@ -115,7 +115,6 @@ def _photographs(report: Report) -> None:
     from inception_ext import freeze
     from inception_ext.cli._eager import eager_twin
     from inception_ext.cli._photographs import load_batch, network
-    from inception_ext.cli._timing import interleaved_medians
 
     heading("2. Photographs through eager PyTorch and through freeze()")
     names, images = load_batch(2 if report.quick else 8)
@@ -232,7 +231,6 @@ def _held_out(report: Report, model: Any, images: Tensor, labels: Tensor) -> Non
     """Step 4."""
     from inception_ext import freeze
     from inception_ext.cli._eager import eager_twin
-    from inception_ext.cli._timing import interleaved_medians
 
     heading("4. The trained network, frozen, on held-out digits")
     eager_name, eager = eager_twin(model)
