@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,32 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "load_average": [round(x, 2) for x in os.getloadavg()],
     }
+
+
+class Company:
+    """How many cores other programs use, on average since this object was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter(), time.process_time(), _busy_seconds()
+
+    def cores(self) -> float | None:
+        """None where the system does not tell (Linux's ``/proc/stat`` does, in steps of 10 ms)."""
+        wall, own, busy = self._start
+        now = _busy_seconds()
+        if busy is None or now is None:
+            return None
+        others = (now - busy) - (time.process_time() - own)
+        return round(max(others, 0.0) / max(time.perf_counter() - wall, 1e-9), 2)
+
+
+def _busy_seconds() -> float | None:
+    """CPU time that all programs together have used since the machine started."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    ticks = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]
+    busy = sum(ticks) - ticks[3] - ticks[4]  # without idle and waiting for a disk
+    return busy / os.sysconf("SC_CLK_TCK")
 
 
 def cpu_model() -> str:

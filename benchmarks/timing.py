@@ -13,9 +13,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from environment import Company
 from torch import Tensor
 
-__all__ = ["Candidate", "Result", "Summary", "contest", "interleave", "relative_error", "summarize"]
+__all__ = [
+    "Candidate",
+    "Outcome",
+    "Result",
+    "Summary",
+    "contest",
+    "interleave",
+    "relative_error",
+    "summarize",
+]
 
 Call = Callable[[int], Any]  # call(i) runs the contestant on input number i
 
@@ -60,6 +70,16 @@ class Result:
     reason: str | None = None
     error: float | None = None
     summary: Summary | None = field(default=None)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Results in the order of the candidates, and how many cores other programs used while they
+    were timed (None where the system does not tell). Times under much company are worth little:
+    threads that wait for one another wait for the neighbours too."""
+
+    results: list[Result]
+    others_cores: float | None
 
 
 def summarize(samples: Sequence[float]) -> Summary:
@@ -157,7 +177,7 @@ def contest(
     warmup: int = 2,
     announce: Callable[[str], None] = lambda text: None,
     progress: Callable[[int], None] | None = None,
-) -> list[Result]:
+) -> Outcome:
     """Builds, checks and times contestants.
 
     Args:
@@ -185,9 +205,11 @@ def contest(
         calls[candidate.name] = call
 
     announce(f"timing {len(calls)} contestants, {rounds} rounds")
+    company = Company()
     times = interleave(
         calls, rounds=rounds, inputs=inputs or len(references), warmup=warmup, progress=progress
     )
+    others = company.cores()
     right = limit({name: results[name].error for name in calls}) if calls else 0.0
     for name, samples in times.items():
         result = results[name]
@@ -195,7 +217,7 @@ def contest(
         result.status = "ok" if result.error is not None and result.error <= right else "wrong"
         if result.status == "wrong":
             result.reason = f"error {result.error:.1e} is above {right:.1e}"
-    return list(results.values())
+    return Outcome(list(results.values()), others)
 
 
 def _one_line(error: Exception) -> str:

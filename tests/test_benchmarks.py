@@ -107,7 +107,7 @@ def test_contest_checks_then_times_and_drops_nobody(timing):
     def not_there():
         raise ImportError("No module named 'peer'\nand more")
 
-    results = timing.contest(
+    outcome = timing.contest(
         [
             timing.Candidate("right", lambda: right),
             timing.Candidate("off", lambda: off),
@@ -118,8 +118,9 @@ def test_contest_checks_then_times_and_drops_nobody(timing):
         rounds=2,
         limit=lambda errors: 2 * errors["right"] + 0.1,
     )
-    by_name = {result.name: result for result in results}
-    assert [result.status for result in results] == ["ok", "wrong", "wrong", "missing"]
+    by_name = {result.name: result for result in outcome.results}
+    assert outcome.others_cores is None or outcome.others_cores >= 0
+    assert [result.status for result in outcome.results] == ["ok", "wrong", "wrong", "missing"]
     assert by_name["right"].error == 0
     assert by_name["right"].summary.samples >= 2
     assert by_name["off"].error == pytest.approx(0.5)
@@ -132,7 +133,7 @@ def test_contest_checks_then_times_and_drops_nobody(timing):
 def test_nan_is_wrong(timing):
     want = [torch.ones(1, dtype=torch.float64)]
     candidate = timing.Candidate("nan", lambda: lambda i: torch.tensor([float("nan")]))
-    (result,) = timing.contest([candidate], want, rounds=1, limit=lambda errors: 1.0)
+    (result,) = timing.contest([candidate], want, rounds=1, limit=lambda errors: 1.0).results
     assert result.status == "wrong"
 
 
@@ -161,6 +162,7 @@ def test_bench_cpu_quick(tmp_path):
         ("training step", "fp32", 2),
     ]
     for scenario in result["scenarios"]:
+        assert "others_cores" in scenario
         names = [row["name"] for row in scenario["contestants"]]
         assert scenario["baseline"] in names
         assert any(name.startswith("ours") for name in names)
