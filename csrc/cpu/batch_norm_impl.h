@@ -7,11 +7,10 @@
 #include "batch_norm_plan.h"
 #include "parallel.h"
 #include "simd.h"
+#include "slices.h"
 
 namespace inception_ext::cpu::INCEPTION_EXT_ISA {
 
-// Pixels that share one load of the per-channel values.
-constexpr int kRows = 4;
 // Chunk results that make a part worth a thread.
 constexpr int64_t kMergeGrain = 65536;
 
@@ -49,16 +48,15 @@ struct StatisticsScratch {
 
 template <typename T>
 struct SetShift {
-  const T* x;
-  int64_t x_stride;
+  Source<T> x;
   StatisticsScratch scratch;
   int64_t count;  // pixels of the mean
 
   template <int kRowCount, typename Lanes>
   INCEPTION_EXT_INLINE void run(int64_t pixel, int64_t c, Lanes lanes) const {
     const AllLanes all;
-    vfloat sum = lanes.load(x + pixel * x_stride + c);
-    for (int64_t i = 1; i < count; ++i) sum += lanes.load(x + (pixel + i) * x_stride + c);
+    vfloat sum = x.load(pixel, c, lanes);
+    for (int64_t i = 1; i < count; ++i) sum += x.load(pixel + i, c, lanes);
     all.store(scratch.shift + c, sum * (1.0f / (float)count));
     all.store(scratch.sum + c, vfloat{});
     all.store(scratch.sum_squares + c, vfloat{});
@@ -67,8 +65,7 @@ struct SetShift {
 
 template <typename T>
 struct SumShifted {
-  const T* x;
-  int64_t x_stride;
+  Source<T> x;
   StatisticsScratch scratch;
 
   template <int kRowCount, typename Lanes>
@@ -77,8 +74,9 @@ struct SumShifted {
     const vfloat shift = all.load(scratch.shift + c);
     vfloat sum{};
     vfloat sum_squares{};
+    INCEPTION_EXT_UNROLL
     for (int row = 0; row < kRowCount; ++row) {
-      const vfloat deviation = lanes.load(x + (pixel + row) * x_stride + c) - shift;
+      const vfloat deviation = x.load(pixel + row, c, lanes) - shift;
       sum += deviation;
       sum_squares = fma(deviation, deviation, sum_squares);
     }
@@ -109,7 +107,7 @@ template <typename T>
 void statistics_of_chunk(const BatchNormStatisticsParams& params, int64_t chunk) {
   const int64_t padded = padded_channels(params.channels);
   const StatisticsScratch scratch(params.workspace, chunk, padded);
-  const T* x = static_cast<const T*>(params.x);
+  const Source<T> x(params.x, params.x_stride, params.channels, kAheadAlone);
   const int64_t begin = chunk * chunk_pixels(params.channels);
   const int64_t end = smaller(begin + chunk_pixels(params.channels), params.pixels);
   // Padding channels that no vector covers are merged too, and must be defined.
@@ -119,10 +117,8 @@ void statistics_of_chunk(const BatchNormStatisticsParams& params, int64_t chunk)
   for (int64_t block = begin; block < end; block += kBlockPixels) {
     const int64_t block_end = smaller(block + kBlockPixels, end);
     const int64_t shift_pixels = smaller(kShiftPixels, block_end - block);
-    for_each_vector<1>(SetShift<T>{x, params.x_stride, scratch, shift_pixels}, block,
-                       params.channels);
-    for_each_pixel<kRows>(SumShifted<T>{x, params.x_stride, scratch}, block, block_end,
-                          params.channels);
+    for_each_vector<1>(SetShift<T>{x, scratch, shift_pixels}, block, params.channels);
+    for_each_pixel(SumShifted<T>{x, scratch}, block, block_end, params.channels);
     merge_block(scratch, block - begin, block_end - block, padded);
   }
 }
@@ -174,15 +170,27 @@ inline void batch_norm_statistics(const BatchNormStatisticsParams& params) {
 
 // ---- forward: apply -----------------------------------------------------------------------------
 
-// Per-channel values of one vector, and y = relu(pre(x)). Forward and backward share it, so that
+// Per-channel values; gamma and beta may be nullptr.
+struct ChannelValues {
+  template <typename Params>
+  INCEPTION_EXT_INLINE explicit ChannelValues(const Params& params)
+      : mean(params.mean), rstd(params.rstd), gamma(params.gamma), beta(params.beta) {}
+
+  const float* mean;
+  const float* rstd;
+  const float* gamma;
+  const float* beta;
+};
+
+// Those of one vector, and y = relu(before_relu(x - mean)). Forward and backward share it, so that
 // both see the same sign of y.
 struct Normalization {
-  template <typename Lanes, typename Params>
-  INCEPTION_EXT_INLINE Normalization(const Params& params, int64_t c, Lanes lanes)
-      : mean(lanes.load(params.mean + c)),
-        rstd(lanes.load(params.rstd + c)),
-        scale(params.gamma == nullptr ? rstd : lanes.load(params.gamma + c) * rstd),
-        beta(params.beta == nullptr ? vfloat{} : lanes.load(params.beta + c)) {}
+  template <typename Lanes>
+  INCEPTION_EXT_INLINE Normalization(const ChannelValues& values, int64_t c, Lanes lanes)
+      : mean(lanes.load(values.mean + c)),
+        rstd(lanes.load(values.rstd + c)),
+        scale(values.gamma == nullptr ? rstd : lanes.load(values.gamma + c) * rstd),
+        beta(values.beta == nullptr ? vfloat{} : lanes.load(values.beta + c)) {}
 
   INCEPTION_EXT_INLINE vfloat before_relu(vfloat centered) const {
     return fma(centered, scale, beta);
@@ -196,23 +204,27 @@ struct Normalization {
 
 template <typename T>
 struct Apply {
-  const BatchNormReluApplyParams& params;
+  ChannelValues values;
+  Source<T> x;
+  Target<T> y;
 
   template <int kRowCount, typename Lanes>
   INCEPTION_EXT_INLINE void run(int64_t pixel, int64_t c, Lanes lanes) const {
-    const T* x = static_cast<const T*>(params.x) + pixel * params.x_stride + c;
-    T* y = static_cast<T*>(params.y) + pixel * params.y_stride + c;
-    const Normalization norm(params, c, lanes);
+    const Normalization norm(values, c, lanes);
+    INCEPTION_EXT_UNROLL
     for (int row = 0; row < kRowCount; ++row) {
-      const vfloat centered = lanes.load(x + row * params.x_stride) - norm.mean;
-      lanes.store(y + row * params.y_stride, relu(norm.before_relu(centered)));
+      const vfloat centered = x.load(pixel + row, c, lanes) - norm.mean;
+      y.store(pixel + row, c, lanes, relu(norm.before_relu(centered)));
     }
   }
 };
 
 template <typename T>
 void apply_to_pixels(const BatchNormReluApplyParams& params, int64_t begin, int64_t end) {
-  for_each_pixel<kRows>(Apply<T>{params}, begin, end, params.channels);
+  const Apply<T> op{ChannelValues(params),
+                    Source<T>(params.x, params.x_stride, params.channels, kAhead),
+                    Target<T>(params.y, params.y_stride)};
+  for_each_pixel(op, begin, end, params.channels);
 }
 
 inline void batch_norm_relu_apply(const BatchNormReluApplyParams& params) {
@@ -236,22 +248,23 @@ INCEPTION_EXT_INLINE vfloat relu_backward(vfloat dy, vfloat y) {
 
 template <typename T>
 struct BackwardReduce {
-  const BatchNormReluBackwardReduceParams& params;
+  ChannelValues values;
+  Source<T> x;
+  Source<T> dy;
   float* sum_dy;           // [C] of the chunk
   float* sum_dy_centered;  // [C] of the chunk: sum dy' * (x - mean)
 
   template <int kRowCount, typename Lanes>
   INCEPTION_EXT_INLINE void run(int64_t pixel, int64_t c, Lanes lanes) const {
     const AllLanes all;
-    const T* x = static_cast<const T*>(params.x) + pixel * params.x_stride + c;
-    const T* dy = static_cast<const T*>(params.dy) + pixel * params.dy_stride + c;
-    const Normalization norm(params, c, lanes);
+    const Normalization norm(values, c, lanes);
     vfloat sum{};
     vfloat sum_centered{};
+    INCEPTION_EXT_UNROLL
     for (int row = 0; row < kRowCount; ++row) {
-      const vfloat centered = lanes.load(x + row * params.x_stride) - norm.mean;
+      const vfloat centered = x.load(pixel + row, c, lanes) - norm.mean;
       const vfloat gradient =
-          relu_backward(lanes.load(dy + row * params.dy_stride), norm.before_relu(centered));
+          relu_backward(dy.load(pixel + row, c, lanes), norm.before_relu(centered));
       sum += gradient;
       sum_centered = fma(gradient, centered, sum_centered);
     }
@@ -268,8 +281,10 @@ void backward_reduce_chunk(const BatchNormReluBackwardReduceParams& params, int6
   const int64_t begin = chunk * chunk_pixels(params.channels);
   const int64_t end = smaller(begin + chunk_pixels(params.channels), params.pixels);
   for (int64_t c = 0; c < padded; ++c) sum_dy[c] = sum_dy_centered[c] = 0;
-  for_each_pixel<kRows>(BackwardReduce<T>{params, sum_dy, sum_dy_centered}, begin, end,
-                        params.channels);
+  const BackwardReduce<T> op{
+      ChannelValues(params), Source<T>(params.x, params.x_stride, params.channels, kAhead),
+      Source<T>(params.dy, params.dy_stride, params.channels, kAhead), sum_dy, sum_dy_centered};
+  for_each_pixel(op, begin, end, params.channels);
 }
 
 // [begin, end) in vectors of kLanes / 2 channels.
@@ -315,27 +330,29 @@ inline void batch_norm_relu_backward_reduce(const BatchNormReluBackwardReducePar
 
 template <typename T, bool kBatchStatistics>
 struct BackwardApply {
-  const BatchNormReluBackwardApplyParams& params;
+  ChannelValues values;
+  Source<T> x;
+  Source<T> dy;
+  Target<T> dx;
+  const float* sum_dy;
+  const float* sum_dy_xhat;
   float per_pixel;  // 1 / P
 
   template <int kRowCount, typename Lanes>
   INCEPTION_EXT_INLINE void run(int64_t pixel, int64_t c, Lanes lanes) const {
-    const T* x = static_cast<const T*>(params.x) + pixel * params.x_stride + c;
-    const T* dy = static_cast<const T*>(params.dy) + pixel * params.dy_stride + c;
-    T* dx = static_cast<T*>(params.dx) + pixel * params.dx_stride + c;
-    const Normalization norm(params, c, lanes);
+    const Normalization norm(values, c, lanes);
     vfloat mean_dy{};
     vfloat slope{};  // of the projection on xhat, per unit of x - mean
     if (kBatchStatistics) {
-      mean_dy = lanes.load(params.sum_dy + c) * per_pixel;
-      slope = lanes.load(params.sum_dy_xhat + c) * per_pixel * norm.rstd;
+      mean_dy = lanes.load(sum_dy + c) * per_pixel;
+      slope = lanes.load(sum_dy_xhat + c) * per_pixel * norm.rstd;
     }
+    INCEPTION_EXT_UNROLL
     for (int row = 0; row < kRowCount; ++row) {
-      const vfloat centered = lanes.load(x + row * params.x_stride) - norm.mean;
-      vfloat gradient =
-          relu_backward(lanes.load(dy + row * params.dy_stride), norm.before_relu(centered));
+      const vfloat centered = x.load(pixel + row, c, lanes) - norm.mean;
+      vfloat gradient = relu_backward(dy.load(pixel + row, c, lanes), norm.before_relu(centered));
       if (kBatchStatistics) gradient = fma(-centered, slope, gradient - mean_dy);
-      lanes.store(dx + row * params.dx_stride, gradient * norm.scale);
+      dx.store(pixel + row, c, lanes, gradient * norm.scale);
     }
   }
 };
@@ -344,8 +361,15 @@ template <typename T, bool kBatchStatistics>
 void backward_apply_to_pixels(const BatchNormReluBackwardApplyParams& params, int64_t begin,
                               int64_t end) {
   const float per_pixel = (float)(1.0 / (double)params.pixels);
-  for_each_pixel<kRows>(BackwardApply<T, kBatchStatistics>{params, per_pixel}, begin, end,
-                        params.channels);
+  const BackwardApply<T, kBatchStatistics> op{
+      ChannelValues(params),
+      Source<T>(params.x, params.x_stride, params.channels, kAhead),
+      Source<T>(params.dy, params.dy_stride, params.channels, kAhead),
+      Target<T>(params.dx, params.dx_stride),
+      params.sum_dy,
+      params.sum_dy_xhat,
+      per_pixel};
+  for_each_pixel(op, begin, end, params.channels);
 }
 
 template <typename T>

@@ -7,6 +7,7 @@
 #include "copy_channels.h"
 #include "parallel.h"
 #include "simd.h"
+#include "slices.h"
 
 namespace inception_ext::cpu::INCEPTION_EXT_ISA {
 

@@ -18,6 +18,9 @@
 #else
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=off")
+// GCC's own intrinsics read a variable that they leave uninitialized on purpose.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
 #include "batch_norm_impl.h"
@@ -41,5 +44,6 @@ const Kernels INCEPTION_EXT_KERNELS = {
 }  // namespace inception_ext::cpu
 
 #if !defined(__clang__)
+#pragma GCC diagnostic pop
 #pragma GCC pop_options
 #endif

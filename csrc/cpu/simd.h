@@ -8,6 +8,12 @@
 #include "dtype.h"
 
 #define INCEPTION_EXT_INLINE inline __attribute__((always_inline))
+// Before a loop of a fixed, small number of rounds.
+#if defined(__clang__)
+#define INCEPTION_EXT_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define INCEPTION_EXT_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace inception_ext::cpu::INCEPTION_EXT_ISA {
 
@@ -71,6 +77,9 @@ INCEPTION_EXT_INLINE vint select(vmask mask, vint yes, vint no) {
 INCEPTION_EXT_INLINE vfloat value_or_zero(vmask mask, vfloat value) {
   return (vfloat)_mm512_maskz_mov_ps(mask, (__m512)value);
 }
+INCEPTION_EXT_INLINE vfloat add_where(vmask mask, vfloat a, vfloat b) {
+  return (vfloat)_mm512_mask_add_ps((__m512)a, mask, (__m512)a, (__m512)b);
+}
 INCEPTION_EXT_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
   return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
@@ -84,6 +93,10 @@ INCEPTION_EXT_INLINE vmask equal(vfloat a, vfloat b) { return a == b; }
 INCEPTION_EXT_INLINE vmask either(vmask a, vmask b) { return a | b; }
 INCEPTION_EXT_INLINE vfloat value_or_zero(vmask mask, vfloat value) {
   return bit_cast<vfloat>(mask & bit_cast<vint>(value));
+}
+// a + b, and a where the mask is off.
+INCEPTION_EXT_INLINE vfloat add_where(vmask mask, vfloat a, vfloat b) {
+  return a + value_or_zero(mask, b);
 }
 
 #if INCEPTION_EXT_LANES == 8
@@ -125,7 +138,15 @@ INCEPTION_EXT_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return a * b + c
 // ---- arithmetic ---------------------------------------------------------------------------------
 
 // b where one of them is a NaN.
-INCEPTION_EXT_INLINE vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
+INCEPTION_EXT_INLINE vfloat max(vfloat a, vfloat b) {
+#if INCEPTION_EXT_LANES == 16
+  return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
+#elif INCEPTION_EXT_LANES == 8
+  return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 // A NaN in either gives a NaN.
 INCEPTION_EXT_INLINE vfloat max_or_nan(vfloat a, vfloat b) {
@@ -143,22 +164,38 @@ INCEPTION_EXT_INLINE vfloat relu(vfloat v) { return max(vfloat{}, v); }
 // ---- bfloat16 -----------------------------------------------------------------------------------
 
 INCEPTION_EXT_INLINE vfloat widen(vuint16 v) {
+#if INCEPTION_EXT_LANES == 16
+  return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16);
+#elif INCEPTION_EXT_LANES == 8
+  return (vfloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16);
+#else
   return bit_cast<vfloat>(__builtin_convertvector(v, vuint) << 16);
+#endif
 }
 
 // For values that are bfloat16 already.
 INCEPTION_EXT_INLINE vuint16 narrow_exact(vfloat v) {
+#if INCEPTION_EXT_LANES == 16
+  const vuint odd_words = {0x00030001, 0x00070005, 0x000b0009, 0x000f000d,
+                           0x00130011, 0x00170015, 0x001b0019, 0x001f001d};
+  return (vuint16)_mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)odd_words, (__m512i)v));
+#else
   return __builtin_convertvector(bit_cast<vuint>(v) >> 16, vuint16);
+#endif
 }
 
-// To nearest, ties to even; a NaN stays a NaN (its quiet bit is set, or the carry could make it
-// an infinity).
+// To nearest, ties to even; every NaN becomes the same one, as in torch.
 INCEPTION_EXT_INLINE vuint16 narrow(vfloat v) {
   const vuint bits = bit_cast<vuint>(v);
-  const vuint rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const vuint quiet = bits | 0x400000u;
-  const vfloat chosen = select(unordered(v, v), bit_cast<vfloat>(quiet), bit_cast<vfloat>(rounded));
-  return narrow_exact(chosen);
+#if INCEPTION_EXT_LANES == 16
+  const __mmask16 odd = _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(0x10000));
+  const __m512i up = (__m512i)(bits + 0x7fffu);
+  const vfloat rounded = (vfloat)_mm512_mask_add_epi32(up, odd, up, _mm512_set1_epi32(1));
+#else
+  const vfloat rounded = bit_cast<vfloat>(bits + 0x7fffu + ((bits >> 16) & 1u));
+#endif
+  const vfloat nan = bit_cast<vfloat>(broadcast_int(0x7fc00000));
+  return narrow_exact(select(unordered(v, v), nan, rounded));
 }
 
 // ---- loads and stores ---------------------------------------------------------------------------
@@ -275,34 +312,5 @@ struct FirstLanes {
 };
 
 #endif
-
-INCEPTION_EXT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-INCEPTION_EXT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// ---- loops --------------------------------------------------------------------------------------
-
-// op.run<kRows>(pixel, c, lanes) for every vector of channels of the pixels [pixel, pixel + kRows).
-template <int kRows, typename Op>
-INCEPTION_EXT_INLINE void for_each_vector(const Op& op, int64_t pixel, int64_t channels) {
-  int64_t c = 0;
-  for (; c + kLanes <= channels; c += kLanes) op.template run<kRows>(pixel, c, AllLanes{});
-  if (c < channels) op.template run<kRows>(pixel, c, FirstLanes(channels - c));
-}
-
-// The same for all pixels [begin, end), several at a time, so that what an op holds per channel is
-// loaded once for all of them.
-template <int kRows, typename Op>
-INCEPTION_EXT_INLINE void for_each_pixel(const Op& op, int64_t begin, int64_t end,
-                                         int64_t channels) {
-  int64_t pixel = begin;
-  for (; pixel + kRows <= end; pixel += kRows) for_each_vector<kRows>(op, pixel, channels);
-  for (; pixel < end; ++pixel) for_each_vector<1>(op, pixel, channels);
-}
-
-// Pixels of `channels` elements that make a part worth a thread.
-INCEPTION_EXT_INLINE int64_t pixel_grain(int64_t channels) {
-  const int64_t grain = 32768 / channels;
-  return grain > 1 ? grain : 1;
-}
 
 }  // namespace inception_ext::cpu::INCEPTION_EXT_ISA
