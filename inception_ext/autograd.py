@@ -5,6 +5,7 @@ Each saves by name what its backward reads. Asked for a differentiable backward
 which has no derivative of its own.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +21,16 @@ def _second_order() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _reference_gradients(output: Tensor, grad: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
+def _reference_gradients(
+    function: Callable[..., Tensor], grad: Tensor, inputs: Sequence[Tensor]
+) -> list[Tensor | None]:
     """Gradients of those inputs that need one, with a graph of their own; None for the others."""
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    # Of aliases: where one input was computed from another, that path is not this function's.
+    aliases = [tensor.view_as(tensor) for tensor in inputs]
+    wanted = [alias for alias in aliases if alias.requires_grad]
+    output = function(*aliases)
     found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))
-    return [next(found) if tensor.requires_grad else None for tensor in inputs]
+    return [next(found) if alias.requires_grad else None for alias in aliases]
 
 
 class MaxPool(torch.autograd.Function):
@@ -106,8 +112,11 @@ class BatchNormRelu(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         gradients: list[Tensor | None]
         if _second_order():
-            y = _batch_norm_relu(x, weight, bias, mean, rstd, ctx.training, ctx.eps)
-            gradients = _reference_gradients(y, grad, [x, weight, bias])
+
+            def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+                return _batch_norm_relu(x, weight, bias, mean, rstd, ctx.training, ctx.eps)
+
+            gradients = _reference_gradients(function, grad, [x, weight, bias])
         else:
             gradients = list(
                 torch.ops.inception_ext.batch_norm_relu_backward(
@@ -180,8 +189,12 @@ class Inception(torch.autograd.Function):
         gradients: list[Tensor | None]
         if _second_order():
             mean, rstd = saved[-2:]
-            out = _inception(x, conv_weights, weights, biases, mean, rstd, ctx.training, ctx.eps)
-            gradients = _reference_gradients(out, grad, [x, *parameters])
+
+            def function(x: Tensor, *p: Tensor) -> Tensor:
+                lists = (p[:6], p[6:12], p[12:])
+                return _inception(x, *lists, mean, rstd, ctx.training, ctx.eps)
+
+            gradients = _reference_gradients(function, grad, [x, *parameters])
         else:
             dx, conv_weight_grads, weight_grads, bias_grads = (
                 torch.ops.inception_ext.inception_backward(
@@ -201,9 +214,9 @@ _STATISTICS_ORDER = (0, 1, 3, 2, 4, 5)
 
 def _inception(
     x: Tensor,
-    conv_weights: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor],
+    conv_weights: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
     mean: Tensor,
     rstd: Tensor,
     training: bool,
