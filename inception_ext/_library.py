@@ -66,7 +66,18 @@ def build_info() -> dict[str, Any]:
 
 
 def _nhwc(like: Tensor, *size: Any, dtype: torch.dtype | None = None) -> Tensor:
-    return like.new_empty(size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return torch.empty(
+        size,
+        dtype=dtype or like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def _in_layout_of(weight: Tensor) -> Tensor:
+    """channels_last where the weight is, else contiguous."""
+    is_nhwc = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+    return _nhwc(weight, *weight.shape) if is_nhwc else weight.new_empty(weight.shape)
 
 
 def _pool_size(size: Any, kernel: int, stride: int, padding: int, ceil_mode: bool) -> Any:
@@ -187,7 +198,7 @@ def _inception_backward_fake(
     nothing = x.new_empty
     dx = _nhwc(x, *x.shape) if needs[0] else nothing(0)
     conv_weight_grads = [
-        _nhwc(weight, *weight.shape) if need else nothing(0)
+        _in_layout_of(weight) if need else nothing(0)
         for weight, need in zip(conv_weights, needs[1:], strict=True)
     ]
     return (

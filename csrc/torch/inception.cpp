@@ -93,6 +93,13 @@ Tensor merged_weight(const std::vector<Tensor>& conv_weights) {
   return concatenate(parts);
 }
 
+// A convolution's gradient in the layout of its weight, which is the one that autograd keeps.
+Tensor in_layout_of(const Tensor& weight, const Tensor& gradient) {
+  const bool is_nhwc = !weight.is_contiguous() && pixel_stride(weight) == weight.size(1);
+  return torch::stable::contiguous(gradient,
+                                   is_nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
 // One forward pass: holds what its steps share.
 class Forward {
  public:
@@ -321,7 +328,9 @@ BackwardResult inception_backward(Tensor grad, Tensor x, std::vector<Tensor> con
     batch_norm(conv, grad_slice(conv), Pixels(raw), Pixels(draw));
     ConvolutionGradients gradients =
         convolution_same_backward(draw, conv_input, conv_weights[conv], needs_input, needs_weight(conv));
-    conv_weight_grads[conv] = gradients.weight;
+    if (needs_weight(conv)) {
+      conv_weight_grads[conv] = in_layout_of(conv_weights[conv], gradients.weight);
+    }
     return gradients.input;
   };
   const bool needs_merged =
