@@ -457,9 +457,13 @@ def test_inception_of_no_images(training):
 @each_arrangement
 def test_inception_takes_any_strides(arrangement, training, dtype):
     arrange = ALL_ARRANGEMENTS[arrangement]
-    check_inception((3, 7, 6), dtype, training, arrange_grad=arrange)
-    if not (training and arrangement == "one_value"):  # no variance: gradients are mere noise
+    # In training, gradients are nothing but noise where the input has no variance, or where their
+    # own mean is all that they have and no ReLU cuts into it.
+    is_constant = training and arrangement == "one_value"
+    if not is_constant:
         check_inception((3, 7, 6), dtype, training, arrange=arrange)
+    if not (is_constant and dtype == torch.bfloat16):
+        check_inception((3, 7, 6), dtype, training, arrange_grad=arrange)
 
 
 @each_dtype
