@@ -171,6 +171,12 @@ class TestAccelerate:
         assert twin.fc.weight is not theirs.fc.weight
         assert type(restore(twin)) is not type(theirs)
 
+    def test_blocks_run_as_those_of_our_own_model(self, make_pair):
+        ours, theirs = make_pair()
+        accelerate(theirs)
+        for name, module in ours.named_modules():
+            assert theirs.get_submodule(name).extra_repr() == module.extra_repr(), name
+
     def test_compiles(self, theirs):
         expected = theirs.eval()(IMAGES)
         compiled = torch.compile(accelerate(theirs), backend="eager", fullgraph=True)
