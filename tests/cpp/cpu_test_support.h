@@ -118,6 +118,9 @@ struct Layout {
   int64_t offset;  // elements before the first, so that it is misaligned
 };
 
+// A different one, so that a stride used in place of another shows.
+inline Layout other(Layout layout, int64_t extra) { return {layout.gap + extra, layout.offset}; }
+
 inline const std::vector<Layout> kLayouts = {{0, 0}, {0, 1}, {5, 1}, {64, 0}};
 
 // P pixels of C channels on the heap, ending with the last element a kernel may touch, so that
@@ -162,10 +165,13 @@ class Slice {
     return true;
   }
 
-  bool same_bits(const Slice& other) const {
-    return size_ == other.size_ &&
-           (size_ == 0 || std::memcmp(memory_.get(), other.memory_.get(),
-                                      static_cast<size_t>(size_) * sizeof(T)) == 0);
+  bool same_bits(Slice& that) {
+    for (int64_t p = 0; p < pixels_; ++p) {
+      if (channels_ > 0 && std::memcmp(&at(p, 0), &that.at(p, 0), channels_ * sizeof(T)) != 0) {
+        return false;
+      }
+    }
+    return pixels_ == that.pixels_ && channels_ == that.channels_;
   }
 
  private:

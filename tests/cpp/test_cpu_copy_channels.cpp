@@ -57,7 +57,7 @@ void test_image(const ImageCase& t, Random& random) {
   const int64_t stride_w = t.transposed ? t.h * element : element;
   Slice<float> scale = channel_values(t.c, [&](int64_t) { return random.normal(); });
   Slice<float> shift = channel_values(t.c, [&](int64_t) { return random.normal(); });
-  Slice<To> y(pixels, t.c, t.layout);
+  Slice<To> y(pixels, t.c, other(t.layout, 1));
   for (const ParallelFor parallel : {parallel_serial, parallel_backwards}) {
     image_to_nhwc({x.data(), dtype_of<From>(), stride_n, stride_c, stride_h, stride_w, y.data(),
                    dtype_of<To>(), y.stride(), t.n, t.c, t.h, t.w,
