@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+from torch.nn.modules.module import _has_any_global_hook
 
 from inception_ext import _library, autograd, reference
 
@@ -19,6 +21,7 @@ __all__ = ["batch_norm_relu", "inception", "max_pool", "use_kernels", "why_refer
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _CUDA_POOL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_PLAIN_TYPES = {Tensor, nn.Parameter}
 
 _enabled = os.environ.get("INCEPTION_EXT_DISABLE", "0") != "1"
 
@@ -52,16 +55,17 @@ def why_reference(x: Tensor) -> str | None:
     """
     if not _library.is_available() or not _enabled:
         return why_unavailable()
-    if type(x) is not Tensor and type(x) is not nn.Parameter:
+    if type(x) not in _PLAIN_TYPES:
         return f"input is a {type(x).__name__}, not a plain Tensor"
+    if _has_any_global_hook():
+        return "a hook on all modules"
     if torch.jit.is_tracing():
         return "torch.jit.trace"
-    if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting():
-            return "torch.export"
-    elif torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_exporting():
+        return "torch.export"
+    if _in_functorch():
         return "a functorch transform (vmap, grad, jvp, ...) is active"
-    elif forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     if x.dim() != 4:
         return f"input is {x.dim()}-D, not 4-D"
@@ -74,6 +78,11 @@ def why_reference(x: Tensor) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # while tracing; torch.compile guards the stack itself
+def _in_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def why_module_reference(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Why a kernel may not stand in for calling ``module``, or None.
 
@@ -82,6 +91,11 @@ def why_module_reference(module: nn.Module, kind: type[nn.Module]) -> str | None
     """
     if type(module) is not kind:
         return f"{type(module).__name__} in place of {kind.__name__}"
+    return why_hooked(module)
+
+
+def why_hooked(module: nn.Module) -> str | None:
+    """Why calling ``module`` does more than its class's ``forward``, or None."""
     if (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -89,7 +103,7 @@ def why_module_reference(module: nn.Module, kind: type[nn.Module]) -> str | None
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     ):
-        return f"a hook on a {kind.__name__}"
+        return f"a hook on a {type(module).__name__}"
     return None
 
 
@@ -97,8 +111,16 @@ def _needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
+def _note_update(*tensors: Tensor | None) -> None:
+    """Tells autograd, and whoever else watches versions, what an op has written to."""
+    if not torch.compiler.is_compiling():
+        increment_version([tensor for tensor in tensors if tensor is not None])
+
+
 def _pair(value: int | Sequence[int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
+    if isinstance(value, int):
+        return [value, value]
+    return list(value) * 2 if len(value) == 1 else list(value)
 
 
 def max_pool(
@@ -157,28 +179,45 @@ def batch_norm_relu(
     tensors = (weight, bias, running_mean, running_var)
     if (
         why_reference(x) is not None
-        or any(t is None for t in tensors)
-        or not _statistics_fit(x, tensors, training)  # type: ignore[arg-type]
+        or not _has_batch(x, training)
+        or not _vectors_fit(x, tensors, [x.shape[1]])
     ):
         return reference.batch_norm_relu(
             x, weight, bias, running_mean, running_var, training, momentum, eps
         )
     if _needs_grad(x, weight, bias):  # type: ignore[arg-type]
-        return autograd.BatchNormRelu.apply(
+        y = autograd.BatchNormRelu.apply(
             x, weight, bias, running_mean, running_var, training, momentum, eps
         )
-    return torch.ops.inception_ext.batch_norm_relu_forward(
-        x, weight, bias, running_mean, running_var, training, momentum, eps
-    )[0]
+    else:
+        y = torch.ops.inception_ext.batch_norm_relu_forward(
+            x, weight, bias, running_mean, running_var, training, momentum, eps
+        )[0]
+    if training:
+        _note_update(running_mean, running_var)
+    return y
 
 
-def _statistics_fit(x: Tensor, vectors: Sequence[Tensor], training: bool) -> bool:
-    """Whether batch norm's vectors go with x; the reference words the errors of those that don't."""
-    n, channels, h, w = x.shape
-    if training and n * h * w <= 1:  # no variance, or nothing to do
-        return False
-    return all(
-        v.dtype in _CPU_DTYPES and v.device == x.device and v.shape == (channels,) for v in vectors
+def _has_batch(x: Tensor, training: bool) -> bool:
+    """Whether there is a variance to compute, where one is needed."""
+    n, _, h, w = x.shape
+    return not training or n * h * w > 1
+
+
+def _vectors_fit(x: Tensor, vectors: Sequence[Tensor | None], channels: Sequence[int]) -> bool:
+    """Whether batch norms' vectors go with x; for those that do not, the reference has the error.
+
+    Args:
+        channels: of the first vectors, then of the next, and so on.
+    """
+    dtype = None if vectors[0] is None else vectors[0].dtype
+    return dtype in (x.dtype, torch.float32) and all(
+        v is not None
+        and type(v) in _PLAIN_TYPES
+        and v.dtype == dtype
+        and v.device == x.device
+        and v.shape == (channels[i % len(channels)],)
+        for i, v in enumerate(vectors)
     )
 
 
@@ -197,68 +236,61 @@ def inception(
 
     float32 and bfloat16 on the CPU; the reference elsewhere. Follows autocast to bfloat16.
     """
-    if why_reference(x) is None:
-        x, conv_weights = _autocast(x, conv_weights)
-        if _inception_fits(
-            x, conv_weights, [*weights, *biases, *running_means, *running_vars], training
+    vectors = (weights, biases, running_means, running_vars)
+    for name, tensors in zip(_INCEPTION_LISTS, (conv_weights, *vectors), strict=True):
+        if len(tensors) != 6:
+            raise ValueError(f"inception: {name}: expected 6 tensors, got {len(tensors)}")
+    if why_reference(x) is None and _has_batch(x, training):
+        kernels = _autocast(x, conv_weights)
+        if _convolutions_fit(x, kernels) and _vectors_fit(
+            x, [v for tensors in vectors for v in tensors], [k.shape[0] for k in kernels]
         ):
-            if _needs_grad(x, *conv_weights, *weights, *biases):
-                return autograd.Inception.apply(
+            if _needs_grad(x, *kernels, *weights, *biases):
+                out = autograd.Inception.apply(
                     training,
                     momentum,
                     eps,
                     list(running_means),
                     list(running_vars),
                     x,
-                    *conv_weights,
+                    *kernels,
                     *weights,
                     *biases,
                 )
-            return torch.ops.inception_ext.inception_forward(
-                x,
-                conv_weights,
-                weights,
-                biases,
-                running_means,
-                running_vars,
-                training,
-                momentum,
-                eps,
-                False,
-            )[0]
-    return reference.inception(
-        x, conv_weights, weights, biases, running_means, running_vars, training, momentum, eps
-    )
+            else:
+                out = torch.ops.inception_ext.inception_forward(
+                    x, kernels, *vectors, training, momentum, eps, False
+                )[0]
+            if training:
+                _note_update(*running_means, *running_vars)
+            return out
+    return reference.inception(x, conv_weights, *vectors, training, momentum, eps)
 
 
-def _autocast(x: Tensor, conv_weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-    """Casts as autocast would cast a convolution's arguments."""
+_INCEPTION_LISTS = ("conv_weights", "weights", "biases", "running_means", "running_vars")
+
+
+def _autocast(x: Tensor, conv_weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Weights as autocast would cast a convolution's; then x has to have its dtype already."""
     if not torch.is_autocast_enabled("cpu"):
-        return x, conv_weights
+        return conv_weights
     dtype = torch.get_autocast_dtype("cpu")
-    return x.to(dtype), [weight.to(dtype) for weight in conv_weights]
+    # x itself stays as it is: where autocast would cast it, the pool would come before the cast.
+    # float64 is not for autocast to change.
+    return [w if w.dtype == torch.float64 else w.to(dtype) for w in conv_weights]
 
 
-def _inception_fits(
-    x: Tensor,
-    conv_weights: Sequence[Tensor],
-    vectors: Sequence[Tensor | None],
-    training: bool,
-) -> bool:
-    """Whether everything has a dtype, a device and a shape that the op takes."""
-    n, channels, h, w = x.shape
-    if x.dtype not in _CPU_DTYPES or (training and n * h * w <= 1):
+def _convolutions_fit(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether the convolutions' weights go with x and with one another."""
+    if any(weight.dim() != 4 for weight in weights):
         return False
-    sizes = [weight.shape for weight in conv_weights]
-    inputs = (channels, channels, sizes[1][0], channels, sizes[3][0], channels)
+    sizes = [weight.shape for weight in weights]
+    inputs = (x.shape[1], x.shape[1], sizes[1][0], x.shape[1], sizes[3][0], x.shape[1])
     kernels = (1, 1, 3, 1, 5 if sizes[4][-1] == 5 else 3, 1)
-    for weight, size, c, r in zip(conv_weights, sizes, inputs, kernels, strict=True):
-        if weight.dtype != x.dtype or weight.device != x.device or size[1:] != (c, r, r):
-            return False
     return all(
-        v is not None
-        and v.dtype in _CPU_DTYPES
-        and v.device == x.device
-        and v.shape == (sizes[i % 6][0],)
-        for i, v in enumerate(vectors)
+        type(weight) in _PLAIN_TYPES
+        and weight.dtype == x.dtype
+        and weight.device == x.device
+        and size[1:] == (c, r, r)
+        for weight, size, c, r in zip(weights, sizes, inputs, kernels, strict=True)
     )

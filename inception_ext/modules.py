@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inception_ext import functional, reference
-from inception_ext.functional import why_module_reference, why_reference
+from inception_ext.functional import why_hooked, why_module_reference, why_reference
 
 __all__ = ["BasicConv2d", "Inception", "InceptionAux"]
 
@@ -55,13 +55,17 @@ def _batch_norm_relu(bn: Any, x: Tensor) -> Tensor:
     )
 
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
 def _why_batch_norm_reference(bn: Any) -> str | None:
     reason = why_module_reference(bn, nn.BatchNorm2d)
     if reason is not None:
         return reason
-    if bn.weight is None:
+    parameters, buffers = bn._parameters, bn._buffers  # attributes are slow
+    if parameters.get("weight") is None or parameters.get("bias") is None:
         return "BatchNorm2d without affine parameters"
-    if bn.running_mean is None:
+    if not bn.track_running_stats or any(buffers.get(name) is None for name in _STATISTICS):
         return "BatchNorm2d without running statistics"
     if bn.momentum is None:
         return "BatchNorm2d with momentum=None"
@@ -189,9 +193,15 @@ def why_block_reference(block: Inception) -> str | None:
         return reason
     if (pool.kernel_size, pool.stride, pool.padding, pool.dilation) != (3, 1, 1, 1):
         return "a pool other than 3x3, stride 1, padding 1"
+    if pool.return_indices:
+        return "a pool that returns indices"
     first = None
+    bns = set()
     for conv_block in _conv_blocks(block):
-        if (reason := why_module_reference(conv_block, BasicConv2d)) is not None:
+        # Subclasses that keep forward(), such as those of accelerate(), are the same.
+        if getattr(type(conv_block), "forward", None) is not BasicConv2d.forward:
+            return f"{type(conv_block).__name__} in place of BasicConv2d"
+        if (reason := why_hooked(conv_block)) is not None:
             return reason
         conv, bn = conv_block.conv, conv_block.bn
         if (reason := why_module_reference(conv, nn.Conv2d)) is not None:
@@ -204,6 +214,9 @@ def why_block_reference(block: Inception) -> str | None:
         first = settings if first is None else first
         if settings != first:
             return "batch norms that differ in training, momentum or eps"
+        bns.add(bn)
+    if len(bns) != 6:
+        return "a batch norm that is part of two branches"
     return None
 
 
@@ -212,6 +225,7 @@ def _is_plain(conv: Any) -> bool:
     r = conv.kernel_size[0]
     return (
         conv.bias is None
+        and conv.kernel_size == (r, r)
         and conv.stride == (1, 1)
         and conv.dilation == (1, 1)
         and conv.groups == 1
