@@ -148,17 +148,19 @@ def why_pool_reference(
 ) -> str | None:
     """As :func:`why_reference`, for :func:`max_pool`."""
     kernel, step = _pair(kernel_size), _pair(stride)
-    on_cuda = type(x) is Tensor and x.is_cuda
     reason = why_reference(x)
-    if on_cuda and reason == "no kernel for device cuda":
+    if reason == "no kernel for device cuda":
         if x.dtype not in _CUDA_POOL_DTYPES or not _library.build_info()["cuda"]:
             return reason
         if not (set(kernel) <= {2, 3} and set(step) <= {1, 2}):
             return "no CUDA kernel for this window"
-        return None
-    if reason is None and (min(kernel) < 1 or kernel[0] * kernel[1] > 255):
+    elif reason is not None:
+        return reason
+    if min(kernel) < 1 or kernel[0] * kernel[1] > 255:
         return "window of more than 255 elements"
-    return reason
+    if x.shape[2] < kernel[0] or x.shape[3] < kernel[1]:
+        return "input smaller than the window"  # the reference words the error, if it is one
+    return None
 
 
 def batch_norm_relu(
