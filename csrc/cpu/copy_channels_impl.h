@@ -56,17 +56,6 @@ inline void copy_channels(const CopyChannelsParams& params) {
 
 // ---- image_to_nhwc ------------------------------------------------------------------------------
 
-INCEPTION_EXT_INLINE float to_float(float v) { return v; }
-INCEPTION_EXT_INLINE float to_float(uint8_t v) { return (float)v; }
-INCEPTION_EXT_INLINE float to_float(bf16 v) { return bit_cast<float>((uint32_t)v.bits << 16); }
-
-INCEPTION_EXT_INLINE void put(float* to, float v) { *to = v; }
-INCEPTION_EXT_INLINE void put(bf16* to, float v) {
-  const uint32_t bits = bit_cast<uint32_t>(v);
-  const uint32_t rounded = v != v ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
-  to->bits = (uint16_t)(rounded >> 16);
-}
-
 // Columns of one channel that are converted before they are spread over the pixels.
 constexpr int64_t kColumns = 64;
 
@@ -74,21 +63,20 @@ constexpr int64_t kColumns = 64;
 template <typename From, typename To>
 INCEPTION_EXT_INLINE void convert_columns(const From* x, int64_t x_stride, To* y, int64_t y_stride,
                                           int64_t count, float scale, float shift) {
-  alignas(64) float columns[kColumns];
+  alignas(64) From gathered[kColumns];
+  alignas(64) To columns[kColumns];
+  if (x_stride != 1 || count < kColumns) {
+    for (int64_t i = 0; i < count; ++i) gathered[i] = x[i * x_stride];
+    for (int64_t i = count; i < kColumns; ++i) gathered[i] = From{};
+    x = gathered;
+  }
   const AllLanes all;
   const vfloat scales = broadcast(scale);
   const vfloat shifts = broadcast(shift);
-  int64_t done = 0;
-  if (x_stride == 1) {
-    for (; done + kLanes <= count; done += kLanes) {
-      all.store(columns + done, all.load(x + done) * scales + shifts);
-    }
+  for (int64_t i = 0; i < count; i += kLanes) {
+    all.store(columns + i, all.load(x + i) * scales + shifts);
   }
-  for (int64_t i = done; i < count; ++i) columns[i] = to_float(x[i * x_stride]);
-  for (int64_t i = done; i < count; i += kLanes) {
-    all.store(columns + i, all.load(columns + i) * scales + shifts);
-  }
-  for (int64_t i = 0; i < count; ++i) put(y + i * y_stride, columns[i]);
+  for (int64_t i = 0; i < count; ++i) y[i * y_stride] = columns[i];
 }
 
 // Rows [begin, end) of n * h + ih.

@@ -179,6 +179,10 @@ INCEPTION_EXT_INLINE vuint16 narrow_exact(vfloat v) {
   const vuint odd_words = {0x00030001, 0x00070005, 0x000b0009, 0x000f000d,
                            0x00130011, 0x00170015, 0x001b0019, 0x001f001d};
   return (vuint16)_mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)odd_words, (__m512i)v));
+#elif INCEPTION_EXT_LANES == 8
+  const __m256i high = _mm256_srli_epi32((__m256i)v, 16);
+  const __m256i packed = _mm256_packus_epi32(high, high);  // by halves of 128 bits, twice
+  return (vuint16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 #else
   return __builtin_convertvector(bit_cast<vuint>(v) >> 16, vuint16);
 #endif
@@ -198,6 +202,28 @@ INCEPTION_EXT_INLINE vuint16 narrow(vfloat v) {
   return narrow_exact(select(unordered(v, v), nan, rounded));
 }
 
+// ---- bytes --------------------------------------------------------------------------------------
+
+INCEPTION_EXT_INLINE vint widen_bytes(vuint8 v) {
+#if INCEPTION_EXT_LANES == 16
+  return (vint)_mm512_cvtepu8_epi32((__m128i)v);
+#elif INCEPTION_EXT_LANES == 8
+  return (vint)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bit_cast<int64_t>(v)));
+#else
+  return __builtin_convertvector(v, vint);
+#endif
+}
+
+INCEPTION_EXT_INLINE vuint8 narrow_to_bytes(vint v) {
+#if INCEPTION_EXT_LANES == 8
+  const __m256i halves = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+  const __m128i words = _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08));
+  return bit_cast<vuint8>((int64_t)_mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
+#else
+  return __builtin_convertvector(v, vuint8);
+#endif
+}
+
 // ---- loads and stores ---------------------------------------------------------------------------
 
 // All lanes of a vector. FirstLanes below has the same members.
@@ -207,8 +233,7 @@ struct AllLanes {
     return widen(load_bytes_as<vuint16>(from));
   }
   INCEPTION_EXT_INLINE vfloat load(const uint8_t* from) const {
-    return __builtin_convertvector(__builtin_convertvector(load_bytes_as<vuint8>(from), vint),
-                                   vfloat);
+    return __builtin_convertvector(widen_bytes(load_bytes_as<vuint8>(from)), vfloat);
   }
   INCEPTION_EXT_INLINE void store(float* to, vfloat v) const { __builtin_memcpy(to, &v, sizeof v); }
   INCEPTION_EXT_INLINE void store(bf16* to, vfloat v) const { store_raw(to, narrow(v)); }
@@ -217,14 +242,14 @@ struct AllLanes {
     store_raw(to, narrow_exact(v));
   }
   INCEPTION_EXT_INLINE void store_bytes(uint8_t* to, vint v) const {
-    store_raw(to, __builtin_convertvector(v, vuint8));
+    store_raw(to, narrow_to_bytes(v));
   }
   // Lanes whose byte equals `value`.
   INCEPTION_EXT_INLINE vmask bytes_equal(const uint8_t* from, uint8_t value) const {
 #if INCEPTION_EXT_LANES == 16
     return _mm_cmpeq_epi8_mask(_mm_loadu_si128((const __m128i*)from), _mm_set1_epi8((char)value));
 #else
-    return __builtin_convertvector(load_bytes_as<vuint8>(from), vint) == broadcast_int(value);
+    return widen_bytes(load_bytes_as<vuint8>(from)) == broadcast_int(value);
 #endif
   }
 
