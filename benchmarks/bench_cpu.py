@@ -26,13 +26,12 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # an inception_
 import environment
 import peers
 import workload
-from timing import Candidate, Result, contest
+from timing import COMPANY, Candidate, Result, contest
 
 SCHEMA = "inception_ext.bench_cpu"
 SCHEMA_VERSION = 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NOISE = {"fp32": 1e-5, "bf16": 1e-2}  # relative error that is always right, beside 2x eager's
-COMPANY = 0.1  # cores that other programs may use before the table says so
 OURS = "ours"  # the names of our contestants start with it
 
 
@@ -49,6 +48,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, help="turns of each contestant; default: more for small batches")
     add("--size", type=int, default=224, help="height and width of the images")
     add("--threads", type=int, default=torch.get_num_threads(), help="for every contestant")
+    add(
+        "--patience",
+        type=float,
+        default=0.0,
+        help="seconds for each table to run rounds again that other programs disturbed",
+    )
     add("--only", help="contestants whose name contains one of these, comma-separated")
     add("--quick", action="store_true", help="a small run that tries everything, for tests")
     add("--json", type=Path, metavar="FILE", help="write the result here")
@@ -79,6 +84,7 @@ def run_scenario(
     work: workload.Workload,
     dtype: str,
     rounds: int,
+    patience: float,
 ) -> dict[str, Any]:
     """Checks and times one scenario; returns its part of the result file."""
     batch = len(work.images[0])
@@ -90,6 +96,7 @@ def run_scenario(
         [Candidate(name, partial(f, work, DTYPES[dtype])) for name, f in factories.items()],
         work.references,
         rounds=rounds,
+        patience=patience,
         limit=partial(error_limit, dtype),
         inputs=len(work.images),
         announce=announce,
@@ -105,6 +112,7 @@ def run_scenario(
         "size": work.images[0].shape[-1],
         "rounds": rounds,
         "others_cores": outcome.others_cores,
+        "repeated_rounds": outcome.repeated,
         "baseline": peers.BASELINE,
         "contestants": [_row(r, batch, baseline.median if baseline else None) for r in results],
     }
@@ -182,13 +190,14 @@ def main(argv: list[str] | None = None) -> int:
         for dtype in args.dtype:
             factories = selected(peers.INFERENCE, args.only)
             rounds = args.rounds or rounds_for(batch)
-            report(run_scenario("inference", factories, work, dtype, rounds))
+            report(run_scenario("inference", factories, work, dtype, rounds, args.patience))
     if not args.no_train:
         weights = workload.seeded_weights(heads=True)
         work = workload.training_workload(weights, args.train_batch, size=args.size)
         for dtype in args.train_dtype:
             factories = selected(peers.TRAINING, args.only)
-            report(run_scenario("training step", factories, work, dtype, args.rounds or 20))
+            rounds = args.rounds or 20
+            report(run_scenario("training step", factories, work, dtype, rounds, args.patience))
 
     about["load_average_after"] = environment.machine()["load_average"]
     result = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **about, "scenarios": scenarios}

@@ -43,7 +43,7 @@ class Clock:
 def test_every_round_gives_everyone_one_turn(timing):
     clock = Clock()
     calls = {name: clock.contestant(name, 1.0) for name in "abcd"}
-    samples = timing.interleave(calls, rounds=10, warmup=1, inputs=3, clock=clock)
+    samples = timing.interleave(calls, rounds=10, warmup=1, inputs=3, clock=clock).samples
     assert list(samples) == list("abcd")
     assert all(times == [1.0] * 10 for times in samples.values())
     order = [name for name, _ in clock.calls[4:]]  # after the warm-up
@@ -57,7 +57,7 @@ def test_every_round_gives_everyone_one_turn(timing):
 def test_short_calls_get_an_untimed_one_and_several_samples(timing):
     clock = Clock()
     calls = {"short": clock.contestant("short", 0.01), "long": clock.contestant("long", 0.2)}
-    samples = timing.interleave(calls, rounds=3, warmup=2, clock=clock)
+    samples = timing.interleave(calls, rounds=3, warmup=2, clock=clock).samples
     assert len(samples["short"]) == 15
     assert len(samples["long"]) == 3
     assert sum(name == "short" for name, _ in clock.calls) == 2 + 3 * (1 + 5)
@@ -73,6 +73,28 @@ def test_progress_counts_rounds(timing):
     assert seen == [1, 2, 3]
 
 
+def test_disturbed_rounds_run_again_while_patience_lasts(timing):
+    clock = Clock()
+    company = iter([0.0, 0.5, 0.05, 1.0, 1.0, 1.0, 0.0])
+
+    class Observer:
+        def cores(self):
+            return next(company)
+
+    result = timing.interleave(
+        {"a": clock.contestant("a", 1.0)},
+        rounds=4,
+        warmup=1,
+        patience=2.5,
+        company=Observer,
+        clock=clock,
+    )
+    # Kept: 0.0, 0.05; thrown away: 0.5, 1.0 and 1.0, which ends the patience; kept: 1.0 ...
+    assert result.repeated == 3
+    assert len(result.samples["a"]) == 4
+    assert result.others_cores == pytest.approx((0.0 + 0.05 + 1.0 + 0.0) / 4, abs=0.006)
+
+
 def test_summary(timing):
     summary = timing.summarize([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
     assert summary == timing.Summary(samples=6, median=3.5, p20=2.0, p80=5.0)
@@ -82,10 +104,10 @@ def test_summary(timing):
 
 
 def test_relative_error(timing):
-    want = torch.tensor([1.0, -4.0], dtype=torch.float64)
-    assert timing.relative_error(torch.tensor([1.0, -4.0]), want) == 0
-    assert timing.relative_error(torch.tensor([2.0, -4.0]), want) == 0.25
-    assert timing.relative_error([want, want + 1], [want, want]) == 0.25
+    want = torch.tensor([3.0, -4.0], dtype=torch.float64)
+    assert timing.relative_error(torch.tensor([3.0, -4.0]), want) == 0
+    assert timing.relative_error(torch.tensor([4.0, -4.0]), want) == pytest.approx(0.2)
+    assert timing.relative_error([want + 1, want], [want, want]) == pytest.approx(2**0.5 / 5)
     assert math.isnan(timing.relative_error(torch.tensor([float("nan"), 0.0]), want))
     with pytest.raises(ValueError, match=r"output is \[1\], the reference \[2\]"):
         timing.relative_error(torch.ones(1), want)
