@@ -43,6 +43,18 @@ struct Statistics {
   float* rstd;
 };
 
+// The mean and rstd [C] that forward returned, as backward gets them.
+class SavedStatistics {
+ public:
+  SavedStatistics(const char* op, const Tensor& mean, const Tensor& rstd, int64_t channels);
+  // Those of the channels from `first` on.
+  Statistics from(int64_t first) const;
+
+ private:
+  Tensor mean_;
+  Tensor rstd_;
+};
+
 // mean and sum of squared deviations of x's pixels; both [C].
 void batch_norm_statistics_pixels(const Pixels& x, ScalarType dtype, float* mean, float* m2);
 
