@@ -37,8 +37,12 @@ Parameter::Parameter(const char* op, const char* name, const Tensor& tensor, int
     : values_((check_vector(op, name, tensor, channels), as_float32(tensor))) {}
 
 RunningStatistic::RunningStatistic(const char* op, const char* name, const Tensor& tensor,
-                                   int64_t channels)
-    : tensor_(tensor), values_((check_vector(op, name, tensor, channels), as_float32(tensor))) {}
+                                   int64_t channels, bool training)
+    : tensor_(tensor), values_((check_vector(op, name, tensor, channels), as_float32(tensor))) {
+  if (training && channels > 1 && tensor.stride(0) == 0) {
+    fail(op, name, "expected ", channels, " elements to write to, got one that is expanded");
+  }
+}
 
 void RunningStatistic::write_back() {
   if (values_.data_ptr() != tensor_.data_ptr()) torch::stable::copy_(tensor_, values_);
@@ -139,8 +143,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(Tensor x, Tensor weig
   const int64_t channels = x.size(1);
   const Parameter gamma(op, "weight", weight, channels);
   const Parameter beta(op, "bias", bias, channels);
-  RunningStatistic mean_running(op, "running_mean", running_mean, channels);
-  RunningStatistic var_running(op, "running_var", running_var, channels);
+  RunningStatistic mean_running(op, "running_mean", running_mean, channels, training);
+  RunningStatistic var_running(op, "running_var", running_var, channels, training);
 
   Tensor y = empty_nhwc(x, x.size(0), channels, x.size(2), x.size(3));
   Tensor mean = empty_vector(x, channels, ScalarType::Float);

@@ -19,10 +19,11 @@ class Parameter {
   Tensor values_;
 };
 
-// Running statistics [C], updated in float32 and written back in their own dtype.
+// Running statistics [C], in training updated in float32 and written back in their own dtype.
 class RunningStatistic {
  public:
-  RunningStatistic(const char* op, const char* name, const Tensor& tensor, int64_t channels);
+  RunningStatistic(const char* op, const char* name, const Tensor& tensor, int64_t channels,
+                   bool training);
   float* data() const { return static_cast<float*>(values_.data_ptr()); }
   void write_back();
 

@@ -45,6 +45,9 @@ struct Layout {
         .is_dense_of(/*cuda=*/false)
         .has_dim(4)
         .has_dtype({ScalarType::Float, ScalarType::BFloat16});
+    if (x.size(1) < 1 || x.size(2) < 1 || x.size(3) < 1) {
+      fail(op, "x", "expected at least one channel, row and column, got ", shape_text(x));
+    }
     if (conv_weights.size() != kConvs) {
       fail(op, "conv_weights", "expected 6 tensors, got ", conv_weights.size());
     }
@@ -53,6 +56,7 @@ struct Layout {
       const Argument weight{op, name.c_str(), conv_weights[conv]};
       weight.is_dense_of(/*cuda=*/false).has_dim(4).has_dtype({x.scalar_type()});
       channels[conv] = conv_weights[conv].size(0);
+      if (channels[conv] < 1) fail(op, name.c_str(), "expected at least one output channel, got 0");
       const Tensor& input = conv == kConv3x3   ? conv_weights[kReduce3x3]
                             : conv == kConv5x5 ? conv_weights[kReduce5x5]
                                                : x;
@@ -192,7 +196,8 @@ ForwardResult inception_forward(Tensor x, std::vector<Tensor> conv_weights,
     if (tensors.size() != kConvs) fail(op, name, "expected 6 tensors, got ", tensors.size());
     std::vector<RunningStatistic> result;
     for (int conv = 0; conv < kConvs; ++conv) {
-      result.emplace_back(op, element(name, conv).c_str(), tensors[conv], layout.channels[conv]);
+      result.emplace_back(op, element(name, conv).c_str(), tensors[conv], layout.channels[conv],
+                          training);
     }
     return result;
   };
