@@ -118,7 +118,7 @@ def test_info_with_a_device_that_the_binary_does_not_cover(monkeypatch):
     ],
 )
 def test_covering_architecture(architectures, capability, expected):
-    assert _cuda.covering_architecture(architectures, capability) == expected
+    assert _library.covering_architecture(architectures, capability) == expected
 
 
 def test_devices_of_a_torch_without_cuda_come_from_the_driver(monkeypatch):
