@@ -1,11 +1,10 @@
 #include "torch/batch_norm.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "cpu/batch_norm.h"
 #include "torch/cpu_kernels.h"
+#include "torch/stable.h"
 
 namespace inception_ext {
 namespace {

@@ -2,13 +2,13 @@
 // came, and reaches Python as a RuntimeError.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+
+#include "torch/stable.h"
 
 namespace inception_ext {
 

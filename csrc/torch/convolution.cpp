@@ -1,7 +1,5 @@
 #include "torch/convolution.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <vector>
 
 namespace inception_ext {

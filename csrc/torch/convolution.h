@@ -1,11 +1,10 @@
 // Convolutions of the CPU path: oneDNN's, called through torch's dispatcher.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <array>
 #include <tuple>
+
+#include "torch/stable.h"
 
 namespace inception_ext {
 

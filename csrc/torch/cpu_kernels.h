@@ -1,11 +1,10 @@
 // What every op needs to call the kernels under csrc/cpu.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include "cpu/dtype.h"
 #include "cpu/parallel.h"
 #include "torch/checks.h"
+#include "torch/stable.h"
 
 namespace inception_ext {
 

@@ -3,9 +3,9 @@
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 
 #include "torch/checks.h"
+#include "torch/stable.h"
 
 // Only a CUDA torch has this symbol; weak, so that the same file loads beside a CPU-only torch.
 extern "C" __attribute__((weak)) AOTITorchError

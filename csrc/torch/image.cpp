@@ -1,5 +1,4 @@
 // Images at the edge of the network, and copies between channel slices.
-#include <torch/csrc/stable/library.h>
 
 #include <limits>
 #include <vector>
@@ -7,6 +6,7 @@
 #include "cpu/copy_channels.h"
 #include "torch/cpu_kernels.h"
 #include "torch/nhwc.h"
+#include "torch/stable.h"
 
 namespace inception_ext {
 namespace {

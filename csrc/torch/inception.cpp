@@ -6,7 +6,6 @@
 //     -> max pool 3x3 -> 1x1 ----------------- BN ReLU -> out[branch4]
 //
 // The three 1x1 convolutions that read x run as one; every branch lands in its channels of out.
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <array>
@@ -20,6 +19,7 @@
 #include "torch/cpu_kernels.h"
 #include "torch/max_pool.h"
 #include "torch/nhwc.h"
+#include "torch/stable.h"
 
 namespace inception_ext {
 namespace {

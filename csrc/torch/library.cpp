@@ -1,6 +1,6 @@
 // Every op's schema on one screen. The implementations register themselves in their own files.
 // Tensor(a!) marks what an op writes to. All images are [N, C, H, W], channels_last inside.
-#include <torch/csrc/stable/library.h>
+#include "torch/stable.h"
 
 STABLE_TORCH_LIBRARY(inception_ext, m) {
   // -> y, argmax: uint8 window index [N, C, OH, OW], or [0] without_argmax

@@ -1,7 +1,5 @@
 #include "torch/max_pool.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <limits>
 #include <tuple>
 #include <vector>
@@ -10,6 +8,7 @@
 #ifdef INCEPTION_EXT_CUDA_VERSION
 #include "kernels/max_pool.h"
 #include "torch/cuda_launch.h"
+#include "torch/stable.h"
 #endif
 
 namespace inception_ext {

@@ -1,10 +1,9 @@
 // Tensors of shape [N, C, H, W] seen as N*H*W pixels of C channels each (channels_last).
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
+
+#include "torch/stable.h"
 
 namespace inception_ext {
 
