@@ -117,10 +117,13 @@ def _note_update(*tensors: Tensor | None) -> None:
         increment_version([tensor for tensor in tensors if tensor is not None])
 
 
-def _pair(value: int | Sequence[int]) -> list[int]:
+def _pair(value: int | Sequence[int]) -> list[int] | None:
+    """[height, width], or None for what is neither a number nor two."""
     if isinstance(value, int):
         return [value, value]
-    return list(value) * 2 if len(value) == 1 else list(value)
+    if not isinstance(value, list | tuple) or not all(isinstance(v, int) for v in value):
+        return None
+    return {1: [*value, *value], 2: [*value]}.get(len(value))
 
 
 def max_pool(
@@ -135,12 +138,12 @@ def max_pool(
     float16, bfloat16 and float32 on CUDA (kernel 2 or 3, stride 1 or 2); float32 and bfloat16 on
     the CPU (window of at most 255 elements); the reference elsewhere.
     """
-    kernel, step, pad = _pair(kernel_size), _pair(stride), _pair(padding)
-    if why_pool_reference(x, kernel, step) is not None:
-        return reference.max_pool(x, kernel, step, pad, ceil_mode)  # type: ignore[arg-type]
+    window = (_pair(kernel_size), _pair(stride), _pair(padding))
+    if why_pool_reference(x, kernel_size, stride) is not None or window[2] is None:
+        return reference.max_pool(x, kernel_size, stride, padding, ceil_mode)  # type: ignore[arg-type]
     if _needs_grad(x):
-        return autograd.MaxPool.apply(x, kernel, step, pad, ceil_mode)
-    return torch.ops.inception_ext.max_pool_forward(x, kernel, step, pad, ceil_mode, False)[0]
+        return autograd.MaxPool.apply(x, *window, ceil_mode)
+    return torch.ops.inception_ext.max_pool_forward(x, *window, ceil_mode, False)[0]
 
 
 def why_pool_reference(
@@ -148,6 +151,8 @@ def why_pool_reference(
 ) -> str | None:
     """As :func:`why_reference`, for :func:`max_pool`."""
     kernel, step = _pair(kernel_size), _pair(stride)
+    if kernel is None or step is None:
+        return "a window that is not two integers"
     reason = why_reference(x)
     if reason == "no kernel for device cuda":
         if x.dtype not in _CUDA_POOL_DTYPES or not _library.build_info()["cuda"]:
@@ -284,7 +289,9 @@ def _autocast(x: Tensor, conv_weights: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _convolutions_fit(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether the convolutions' weights go with x and with one another."""
-    if any(weight.dim() != 4 for weight in weights):
+    if any(weight.dim() != 4 or weight.shape[0] == 0 for weight in weights):
+        return False
+    if 0 in x.shape[1:]:
         return False
     sizes = [weight.shape for weight in weights]
     inputs = (x.shape[1], x.shape[1], sizes[1][0], x.shape[1], sizes[3][0], x.shape[1])

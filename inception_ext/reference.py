@@ -123,8 +123,10 @@ def inception(
             padding=conv_weights[i].shape[-1] // 2,
         )
 
-    pooled = max_pool(x, 3, 1, padding=1, ceil_mode=True)
-    return torch.cat([conv(0, x), conv(2, conv(1, x)), conv(4, conv(3, x)), conv(5, pooled)], 1)
+    def pool(y: Tensor) -> Tensor:
+        return max_pool(y, 3, 1, padding=1, ceil_mode=True)
+
+    return torch.cat([conv(0, x), conv(2, conv(1, x)), conv(4, conv(3, x)), conv(5, pool(x))], 1)
 
 
 def lrn(

@@ -81,3 +81,103 @@ EXPANSIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 ALL_ARRANGEMENTS = ARRANGEMENTS | EXPANSIONS
+
+
+# The batch norms' vectors and an Inception module's parameters, and calls of every op.
+
+
+def bn_tensors(channels: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {
+        "weight": randn(channels, seed=10).mul(0.5).add(1).to(dtype),
+        "bias": randn(channels, seed=11).mul(0.3).to(dtype),
+        "running_mean": randn(channels, seed=12).abs().add(0.5).to(dtype),
+        "running_var": randn(channels, seed=13).abs().add(0.5).to(dtype),
+    }
+
+
+CHANNELS = {"odd": (17, (5, 3, 7, 1, 4, 6)), "even": (24, (16, 8, 24, 8, 16, 8))}
+
+
+def inception_tensors(
+    channels: str = "odd",
+    branch3: int = 3,
+    dtype: torch.dtype = torch.float32,
+    vectors: torch.dtype = torch.float32,
+) -> dict[str, list[Tensor]]:
+    """Of a module whose every convolution keeps the deviation; weights in dtype."""
+    c, k = CHANNELS[channels]
+    fan_in = [c, c, 9 * k[1], c, branch3**2 * k[3], c]
+    shapes = [(c, 1), (c, 1), (k[1], 3), (c, 1), (k[3], branch3), (c, 1)]
+    bns = [bn_tensors(size, vectors) for size in k]
+    return {
+        "conv_weights": [
+            randn(k[i], shapes[i][0], shapes[i][1], shapes[i][1], seed=20 + i)
+            .div(fan_in[i] ** 0.5)
+            .to(dtype)
+            for i in range(6)
+        ],
+        **{
+            plural: [bn[name].clone() for bn in bns]
+            for plural, name in (
+                ("weights", "weight"),
+                ("biases", "bias"),
+                ("running_means", "running_mean"),
+                ("running_vars", "running_var"),
+            )
+        },
+    }
+
+
+def output_of(channels: str) -> int:
+    k = CHANNELS[channels][1]
+    return k[0] + k[2] + k[4] + k[5]
+
+
+CALLS = (
+    "max_pool_forward",
+    "max_pool_forward, no argmax",
+    "max_pool_backward",
+    "batch_norm_relu_forward, train",
+    "batch_norm_relu_forward, eval",
+    "batch_norm_relu_backward",
+    "inception_forward, train",
+    "inception_forward, eval",
+    "inception_backward",
+    "inception_backward, no dx",
+    "image_to_nhwc",
+    "copy_channels",
+)
+
+
+def op_calls(dtype: torch.dtype = torch.float32, size: tuple[int, int, int] = (2, 6, 5)) -> dict:
+    """Arguments for each op, from images of [N, H, W]: those of CALLS."""
+    ops = torch.ops.inception_ext
+    n, h, w = size
+    x = randn(n, 17, h, w, dtype=dtype)
+    bn = list(bn_tensors(17).values())
+    lists = list(inception_tensors(branch3=5, dtype=dtype).values())
+    grad = randn(n, output_of("odd"), h, w, seed=1, dtype=dtype)
+    pool = ([3, 3], [2, 2], [1, 1])
+    y, argmax = ops.max_pool_forward(x, *pool, True, True)
+    _, mean, rstd = ops.batch_norm_relu_forward(x, *bn, False, 0.1, 1e-3)
+    saved = ops.inception_forward(x, *lists, False, 0.1, 1e-3, True)[1:]
+    wide = torch.zeros(n, 20, h, w, dtype=dtype).to(memory_format=torch.channels_last)
+    arguments = (
+        (x, *pool, True, True),
+        (x, *pool, False, False),
+        (randn(*y.shape, dtype=dtype), argmax, [h, w], *pool),
+        (x, *bn, True, 0.1, 1e-3),
+        (x, *bn, False, 0.1, 1e-3),
+        (x, x, *bn[:2], mean, rstd, True),
+        (x, *lists, True, 0.1, 1e-3, True),
+        (x, *lists, False, 0.1, 1e-3, False),
+        (grad, x, *lists[:3], *saved, True, [True] * 7),
+        (grad, x, *lists[:3], *saved, True, [False] * 5 + [True] * 2),
+        (x, [2.0] * 17, [1.0] * 17, torch.bfloat16),
+        (wide, x, 2),
+    )
+    return dict(zip(CALLS, arguments, strict=True))
+
+
+def op_of(name: str) -> Any:
+    return getattr(torch.ops.inception_ext, name.partition(",")[0]).default

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
 SOURCES = KERNELS + sorted((ROOT / "tests" / "cpp").glob("test_cpu_*.cpp"))
-WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+WARNINGS = ["-Wall", "-Wextra"]
 BUILDS = {
     "plain": ["-O2"],
     "sanitized": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],

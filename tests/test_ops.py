@@ -5,6 +5,7 @@ every gradient, running statistics. The Inception module alone, in float64, is t
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,16 @@ from closeness import (
 from fast_path import (
     ALL_ARRANGEMENTS,
     ARRANGEMENTS,
+    CALLS,
+    CHANNELS,
     DTYPES,
     CalledOps,
+    bn_tensors,
     generator,
+    inception_tensors,
+    op_calls,
+    op_of,
+    output_of,
     randn,
 )
 from hypothesis import given, settings
@@ -30,7 +38,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from inception_ext import functional, reference
+from inception_ext import autograd, functional, reference
 
 ops = torch.ops.inception_ext
 
@@ -76,9 +84,19 @@ def pool_results(library: Any, x: Tensor, grad: Tensor, pool: tuple) -> dict[str
     return {"y": y.detach(), "dx": leaf.grad}
 
 
+def compiled_max_pool(x: Tensor, *pool: Any) -> Tensor:
+    """The op itself, for inputs too that functional leaves to the reference."""
+    *window, ceil_mode = pool
+    pairs = ((sizes, sizes) if isinstance(sizes, int) else sizes for sizes in window)
+    return autograd.MaxPool.apply(x, *map(list, pairs), ceil_mode)
+
+
+compiled = SimpleNamespace(max_pool=compiled_max_pool)
+
+
 def check_pool(x: Tensor, grad: Tensor, pool: tuple) -> None:
     with CalledOps() as called:
-        ours = pool_results(functional, x, grad, pool)
+        ours = pool_results(compiled, x, grad, pool)
     assert called.names == ["max_pool_forward", "max_pool_backward"]
     eager = pool_results(reference, x, grad, pool)
     exact = pool_results(reference, x.double(), grad.double(), pool)
@@ -104,8 +122,9 @@ def test_max_pool(shape, pool, dtype):
     try:
         grad = pooled_like(x, pool)
     except RuntimeError:
-        with pytest.raises(RuntimeError, match="Output size is too small"):
-            functional.max_pool(x, *pool)
+        for library in (compiled, functional):
+            with pytest.raises(RuntimeError, match="Output size is too small"):
+                library.max_pool(x, *pool)
         return
     check_pool(x, grad, pool)
 
@@ -137,7 +156,7 @@ def test_max_pool_of_special_values(pool, dtype):
 
 def test_max_pool_ties_go_to_the_first():
     x = torch.zeros(1, 40, 6, 6).to(memory_format=torch.channels_last)
-    grads = pool_results(functional, x, torch.ones(1, 40, 3, 3), (2, 2))["dx"]
+    grads = pool_results(functional, x, torch.ones(1, 40, 3, 3), (2, 2, 0, False))["dx"]
     assert torch.equal(grads[:, :, ::2, ::2], torch.ones(1, 40, 3, 3)) and grads.sum() == 9 * 40
 
 
@@ -162,26 +181,18 @@ def test_max_pool_with_any_window(case):
     try:
         expected = reference.max_pool(x, *pool)
     except RuntimeError:
-        with pytest.raises(RuntimeError, match="Output size is too small"):
-            functional.max_pool(x, *pool)
+        for library in (compiled, functional):
+            with pytest.raises(RuntimeError, match="Output size is too small"):
+                library.max_pool(x, *pool)
         return
     grad = torch.randint(-4, 5, expected.shape, generator=generator(seed)).to(dtype)
-    ours = pool_results(functional, x, grad, pool)
+    ours = pool_results(compiled, x, grad, pool)
     eager = pool_results(reference, x.double(), grad.double(), pool)
     torch.testing.assert_close(ours["y"], expected, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(ours["dx"].double(), eager["dx"], rtol=0, atol=0)
 
 
 # Batch norm + ReLU
-
-
-def bn_tensors(channels: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    return {
-        "weight": randn(channels, seed=10).mul(0.5).add(1).to(dtype),
-        "bias": randn(channels, seed=11).mul(0.3).to(dtype),
-        "running_mean": randn(channels, seed=12).abs().add(0.5).to(dtype),
-        "running_var": randn(channels, seed=13).abs().add(0.5).to(dtype),
-    }
 
 
 def bn_results(
@@ -319,39 +330,8 @@ def test_batch_norm_relu_keeps_nan_and_infinities(training, dtype):
 
 # Inception
 
-CHANNELS = {"odd": (17, (5, 3, 7, 1, 4, 6)), "even": (24, (16, 8, 24, 8, 16, 8))}
 each_module = pytest.mark.parametrize("channels", CHANNELS)
 each_branch3 = pytest.mark.parametrize("branch3", [3, 5])
-
-
-def inception_tensors(
-    channels: str = "odd",
-    branch3: int = 3,
-    dtype: torch.dtype = torch.float32,
-    vectors: torch.dtype = torch.float32,
-) -> dict[str, list[Tensor]]:
-    """Of a module whose every convolution keeps the deviation; weights in dtype."""
-    c, k = CHANNELS[channels]
-    fan_in = [c, c, 9 * k[1], c, branch3**2 * k[3], c]
-    shapes = [(c, 1), (c, 1), (k[1], 3), (c, 1), (k[3], branch3), (c, 1)]
-    bns = [bn_tensors(size, vectors) for size in k]
-    return {
-        "conv_weights": [
-            randn(k[i], shapes[i][0], shapes[i][1], shapes[i][1], seed=20 + i)
-            .div(fan_in[i] ** 0.5)
-            .to(dtype)
-            for i in range(6)
-        ],
-        **{
-            plural: [bn[name].clone() for bn in bns]
-            for plural, name in (
-                ("weights", "weight"),
-                ("biases", "bias"),
-                ("running_means", "running_mean"),
-                ("running_vars", "running_var"),
-            )
-        },
-    }
 
 
 def inception_results(
@@ -423,11 +403,6 @@ def check_inception(
         ),
         noise_floor=BLOCK_NOISE_FLOOR if dtype == torch.float32 else None,
     )
-
-
-def output_of(channels: str) -> int:
-    k = CHANNELS[channels][1]
-    return k[0] + k[2] + k[4] + k[5]
 
 
 @each_dtype
@@ -642,45 +617,13 @@ def test_inception_repeats_bit_for_bit(training, dtype):
 # Manners of custom ops
 
 
-def op_calls(dtype: torch.dtype = torch.float32, size: tuple[int, int, int] = (2, 6, 5)) -> dict:
-    """Arguments for each op, from images of [N, H, W]."""
-    n, h, w = size
-    x = randn(n, 17, h, w, dtype=dtype)
-    bn = list(bn_tensors(17).values())
-    lists = list(inception_tensors(branch3=5, dtype=dtype).values())
-    grad = randn(n, output_of("odd"), h, w, seed=1, dtype=dtype)
-    pool = ([3, 3], [2, 2], [1, 1])
-    y, argmax = ops.max_pool_forward(x, *pool, True, True)
-    _, mean, rstd = ops.batch_norm_relu_forward(x, *bn, False, 0.1, 1e-3)
-    saved = ops.inception_forward(x, *lists, False, 0.1, 1e-3, True)[1:]
-    wide = torch.zeros(n, 20, h, w, dtype=dtype).to(memory_format=torch.channels_last)
-    return {
-        "max_pool_forward": (x, *pool, True, True),
-        "max_pool_forward, no argmax": (x, *pool, False, False),
-        "max_pool_backward": (randn(*y.shape, dtype=dtype), argmax, [h, w], *pool),
-        "batch_norm_relu_forward, train": (x, *bn, True, 0.1, 1e-3),
-        "batch_norm_relu_forward, eval": (x, *bn, False, 0.1, 1e-3),
-        "batch_norm_relu_backward": (x, x, *bn[:2], mean, rstd, True),
-        "inception_forward, train": (x, *lists, True, 0.1, 1e-3, True),
-        "inception_forward, eval": (x, *lists, False, 0.1, 1e-3, False),
-        "inception_backward": (grad, x, *lists[:3], *saved, True, [True] * 7),
-        "inception_backward, no dx": (grad, x, *lists[:3], *saved, True, [False] * 5 + [True] * 2),
-        "image_to_nhwc": (x, [2.0] * 17, [1.0] * 17, torch.bfloat16),
-        "copy_channels": (wide, x, 2),
-    }
-
-
-def op_of(name: str) -> Any:
-    return getattr(ops, name.partition(",")[0]).default
-
-
 def strides(x: Tensor) -> list[int]:
     """Those that lead to elements, which are what compiled code relies on."""
     return [step for size, step in zip(x.shape, x.stride(), strict=True) if size > 1 and x.numel()]
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("name", op_calls())
+@pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name, requires_grad):
     arguments = op_calls()[name]
     if requires_grad:
@@ -781,14 +724,14 @@ def pool_call(library: Any, training: bool, dtype: torch.dtype = torch.float64):
     return (lambda x: library.max_pool(x, 3, 2, 1, True)), [randn(2, 3, 5, 6, dtype=dtype)]
 
 
-CALLS = {"max_pool": pool_call, "batch_norm_relu": bn_call, "inception": inception_call}
+LIBRARY_CALLS = {"max_pool": pool_call, "batch_norm_relu": bn_call, "inception": inception_call}
 
 
 @each_mode
 @pytest.mark.parametrize("op", ["max_pool", "batch_norm_relu"])
 def test_gradcheck(op, training):
     """In float64, where the functions take the reference path."""
-    call, inputs = CALLS[op](functional, training, torch.float64)
+    call, inputs = LIBRARY_CALLS[op](functional, training, torch.float64)
     leaves = [as_leaf(t) for t in inputs]
     with CalledOps() as called:
         assert gradcheck(call, leaves)
@@ -820,10 +763,10 @@ def second_order(call: Any, inputs: list[Tensor]) -> dict[str, Tensor]:
 
 
 @each_mode
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("op", LIBRARY_CALLS)
 def test_second_order(op, training):
     ours, eager, exact = (
-        second_order(*CALLS[op](library, training, dtype))
+        second_order(*LIBRARY_CALLS[op](library, training, dtype))
         for library, dtype in (
             (functional, torch.float32),
             (reference, torch.float32),
@@ -834,15 +777,15 @@ def test_second_order(op, training):
 
 
 @each_mode
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("op", LIBRARY_CALLS)
 def test_create_graph_gives_the_gradients_of_a_plain_backward(op, training):
-    call, inputs = CALLS[op](functional, training, torch.float32)
+    call, inputs = LIBRARY_CALLS[op](functional, training, torch.float32)
     leaves = [as_leaf(t) for t in inputs]
     with CalledOps() as called:
         y = call(*leaves)
         torch.autograd.grad(y.sum(), leaves, create_graph=True)
     assert called.names == [f"{op}_forward"]  # no backward op: it has no derivative
-    call, _ = CALLS[op](functional, training, torch.float32)
+    call, _ = LIBRARY_CALLS[op](functional, training, torch.float32)
     plain = torch.autograd.grad(call(*leaves).sum(), leaves)
     graph = torch.autograd.grad(y.sum(), leaves, create_graph=True)
     torch.testing.assert_close([g.detach() for g in graph], list(plain))

@@ -22,7 +22,7 @@ constexpr int64_t kMergeGrain = 65536;
 //                       of that shift from the block's mean, so sum_squares - sum^2 / n loses 3
 //                       bits at worst, and hardly any where the 8 pixels are like the rest.
 //   chunk               blocks merged in order by Chan's formula, in double
-//   tensor              chunks merged in order, in double
+//   tensor              chunks merged in order, in double: the mean first, then m2 around it
 
 INCEPTION_EXT_INLINE vdouble load_double(const float* from) { return load_bytes_as<vdouble>(from); }
 INCEPTION_EXT_INLINE void store_double(float* to, vdouble v) { __builtin_memcpy(to, &v, sizeof v); }
@@ -127,20 +127,27 @@ void statistics_of_chunk(const BatchNormStatisticsParams& params, int64_t chunk)
 inline void merge_chunks(const BatchNormStatisticsParams& params, int64_t begin, int64_t end) {
   const int64_t padded = padded_channels(params.channels);
   const int64_t chunks = chunk_count(params.pixels, params.channels);
-  const int64_t pixels_of_chunk = chunk_pixels(params.channels);
+  const double per_pixel = params.pixels > 0 ? 1.0 / (double)params.pixels : 0.0;
+  const int64_t size = chunk_pixels(params.channels);
+  const auto count_of = [&](int64_t chunk) {
+    return (double)smaller(size, params.pixels - chunk * size);
+  };
   for (int64_t vector = begin; vector < end; ++vector) {
     const int64_t c = vector * (kLanes / 2);
-    vdouble mean{};
+    const vdouble first =
+        chunks > 0 ? load_double(StatisticsScratch(params.workspace, 0, padded).mean + 2 * c)
+                   : vdouble{};
+    vdouble sum{};
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+      const StatisticsScratch scratch(params.workspace, chunk, padded);
+      sum += (load_double(scratch.mean + 2 * c) - first) * count_of(chunk);
+    }
+    const vdouble mean = first + sum * per_pixel;
     vdouble m2{};
-    int64_t before = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const StatisticsScratch scratch(params.workspace, chunk, padded);
-      const int64_t count = smaller(pixels_of_chunk, params.pixels - before);
-      const double share = (double)count / (double)(before + count);
       const vdouble delta = load_double(scratch.mean + 2 * c) - mean;
-      mean += delta * share;
-      m2 += load_double(scratch.m2 + 2 * c) + delta * delta * ((double)before * share);
-      before += count;
+      m2 += load_double(scratch.m2 + 2 * c) + delta * delta * count_of(chunk);
     }
     for (int lane = 0; lane < kLanes / 2 && c + lane < params.channels; ++lane) {
       params.mean[c + lane] = (float)mean[lane];

@@ -37,11 +37,27 @@ Parameter::Parameter(const char* op, const char* name, const Tensor& tensor, int
     : values_((check_vector(op, name, tensor, channels), as_float32(tensor))) {}
 
 RunningStatistic::RunningStatistic(const char* op, const char* name, const Tensor& tensor,
-                                   int64_t channels)
-    : tensor_(tensor), values_((check_vector(op, name, tensor, channels), as_float32(tensor))) {}
+                                   int64_t channels, bool training)
+    : tensor_(tensor), values_((check_vector(op, name, tensor, channels), as_float32(tensor))) {
+  if (training && channels > 1 && tensor.stride(0) == 0) {
+    fail(op, name, "expected ", channels, " elements to write to, got one that is expanded");
+  }
+}
 
 void RunningStatistic::write_back() {
   if (values_.data_ptr() != tensor_.data_ptr()) torch::stable::copy_(tensor_, values_);
+}
+
+SavedStatistics::SavedStatistics(const char* op, const Tensor& mean, const Tensor& rstd,
+                                 int64_t channels)
+    : mean_(torch::stable::contiguous(mean)), rstd_(torch::stable::contiguous(rstd)) {
+  Argument{op, "mean", mean}.has_shape({channels}).has_dtype({ScalarType::Float});
+  Argument{op, "rstd", rstd}.has_shape({channels}).has_dtype({ScalarType::Float});
+}
+
+Statistics SavedStatistics::from(int64_t first) const {
+  return {static_cast<float*>(mean_.data_ptr()) + first,
+          static_cast<float*>(rstd_.data_ptr()) + first};
 }
 
 void batch_norm_statistics_pixels(const Pixels& x, ScalarType dtype, float* mean, float* m2) {
@@ -127,8 +143,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(Tensor x, Tensor weig
   const int64_t channels = x.size(1);
   const Parameter gamma(op, "weight", weight, channels);
   const Parameter beta(op, "bias", bias, channels);
-  RunningStatistic mean_running(op, "running_mean", running_mean, channels);
-  RunningStatistic var_running(op, "running_var", running_var, channels);
+  RunningStatistic mean_running(op, "running_mean", running_mean, channels, training);
+  RunningStatistic var_running(op, "running_var", running_var, channels, training);
 
   Tensor y = empty_nhwc(x, x.size(0), channels, x.size(2), x.size(3));
   Tensor mean = empty_vector(x, channels, ScalarType::Float);
@@ -176,8 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(Tensor grad, Tensor 
       .is_dense_of(/*cuda=*/false)
       .has_shape({x.size(0), channels, x.size(2), x.size(3)})
       .has_dtype({x.scalar_type()});
-  Argument{op, "mean", mean}.has_shape({channels}).has_dtype({ScalarType::Float});
-  Argument{op, "rstd", rstd}.has_shape({channels}).has_dtype({ScalarType::Float});
+  const SavedStatistics saved(op, mean, rstd, channels);
   const Parameter gamma(op, "weight", weight, channels);
   const Parameter beta(op, "bias", bias, channels);
 
@@ -187,8 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(Tensor grad, Tensor 
   const Tensor input = by_pixels(x);
   const Tensor gradient = by_pixels(grad);
   batch_norm_relu_backward_pixels(
-      Pixels(gradient), Pixels(input), Pixels(dx), x.scalar_type(),
-      {static_cast<float*>(mean.data_ptr()), static_cast<float*>(rstd.data_ptr())}, {gamma, beta},
+      Pixels(gradient), Pixels(input), Pixels(dx), x.scalar_type(), saved.from(0), {gamma, beta},
       training, static_cast<float*>(dbias.data_ptr()), static_cast<float*>(dweight.data_ptr()));
   return {dx, torch::stable::to(dweight, weight.scalar_type()),
           torch::stable::to(dbias, bias.scalar_type())};

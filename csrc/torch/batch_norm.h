@@ -19,10 +19,11 @@ class Parameter {
   Tensor values_;
 };
 
-// Running statistics [C], updated in float32 and written back in their own dtype.
+// Running statistics [C], in training updated in float32 and written back in their own dtype.
 class RunningStatistic {
  public:
-  RunningStatistic(const char* op, const char* name, const Tensor& tensor, int64_t channels);
+  RunningStatistic(const char* op, const char* name, const Tensor& tensor, int64_t channels,
+                   bool training);
   float* data() const { return static_cast<float*>(values_.data_ptr()); }
   void write_back();
 
@@ -41,6 +42,18 @@ struct BatchNorm {
 struct Statistics {
   float* mean;
   float* rstd;
+};
+
+// The mean and rstd [C] that forward returned, as backward gets them.
+class SavedStatistics {
+ public:
+  SavedStatistics(const char* op, const Tensor& mean, const Tensor& rstd, int64_t channels);
+  // Those of the channels from `first` on.
+  Statistics from(int64_t first) const;
+
+ private:
+  Tensor mean_;
+  Tensor rstd_;
 };
 
 // mean and sum of squared deviations of x's pixels; both [C].

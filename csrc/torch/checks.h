@@ -27,6 +27,16 @@ inline const char* dtype_name(ScalarType dtype) {
       return "float64";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
     default:
       return "another dtype";
   }

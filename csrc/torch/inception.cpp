@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -30,6 +31,11 @@ constexpr std::array<Conv, 3> kMerged = {kBranch1, kReduce3x3, kReduce5x5};
 constexpr std::array<Conv, kConvs> kStatisticsOrder = {kBranch1, kReduce3x3, kReduce5x5,
                                                        kConv3x3, kConv5x5,   kPoolProjection};
 
+// What messages call an element of a list.
+std::string element(const char* list, int index) {
+  return std::string(list) + '[' + std::to_string(index) + ']';
+}
+
 // Channel counts and offsets of one module, read off its conv_weights [K, C, R, R].
 struct Layout {
   Layout(const char* op, const Tensor& x, const std::vector<Tensor>& conv_weights) {
@@ -39,14 +45,18 @@ struct Layout {
         .is_dense_of(/*cuda=*/false)
         .has_dim(4)
         .has_dtype({ScalarType::Float, ScalarType::BFloat16});
+    if (x.size(1) < 1 || x.size(2) < 1 || x.size(3) < 1) {
+      fail(op, "x", "expected at least one channel, row and column, got ", shape_text(x));
+    }
     if (conv_weights.size() != kConvs) {
       fail(op, "conv_weights", "expected 6 tensors, got ", conv_weights.size());
     }
     for (int conv = 0; conv < kConvs; ++conv) {
-      const std::string name = "conv_weights[" + std::to_string(conv) + "]";
+      const std::string name = element("conv_weights", conv);
       const Argument weight{op, name.c_str(), conv_weights[conv]};
       weight.is_dense_of(/*cuda=*/false).has_dim(4).has_dtype({x.scalar_type()});
       channels[conv] = conv_weights[conv].size(0);
+      if (channels[conv] < 1) fail(op, name.c_str(), "expected at least one output channel, got 0");
       const Tensor& input = conv == kConv3x3   ? conv_weights[kReduce3x3]
                             : conv == kConv5x5 ? conv_weights[kReduce5x5]
                                                : x;
@@ -82,7 +92,7 @@ std::vector<Parameter> parameters(const char* op, const char* name,
   if (tensors.size() != kConvs) fail(op, name, "expected 6 tensors, got ", tensors.size());
   std::vector<Parameter> result;
   for (int conv = 0; conv < kConvs; ++conv) {
-    result.emplace_back(op, name, tensors[conv], layout.channels[conv]);
+    result.emplace_back(op, element(name, conv).c_str(), tensors[conv], layout.channels[conv]);
   }
   return result;
 }
@@ -105,8 +115,7 @@ class Forward {
  public:
   Forward(const Tensor& x, const Layout& layout, std::vector<Parameter> weights,
           std::vector<Parameter> biases, std::vector<RunningStatistic> running_means,
-          std::vector<RunningStatistic> running_vars, bool training, double momentum,
-          double eps)
+          std::vector<RunningStatistic> running_vars, bool training, double momentum, double eps)
       : layout_(layout),
         dtype_(x.scalar_type()),
         weights_(std::move(weights)),
@@ -179,8 +188,7 @@ using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ForwardResult inception_forward(Tensor x, std::vector<Tensor> conv_weights,
                                 std::vector<Tensor> weights, std::vector<Tensor> biases,
                                 std::vector<Tensor> running_means, std::vector<Tensor> running_vars,
-                                bool training, double momentum,
-                                double eps, bool save) {
+                                bool training, double momentum, double eps, bool save) {
   static constexpr const char* op = "inception_forward";
   const NoGrad no_grad;
   const Layout layout(op, x, conv_weights);
@@ -188,14 +196,14 @@ ForwardResult inception_forward(Tensor x, std::vector<Tensor> conv_weights,
     if (tensors.size() != kConvs) fail(op, name, "expected 6 tensors, got ", tensors.size());
     std::vector<RunningStatistic> result;
     for (int conv = 0; conv < kConvs; ++conv) {
-      result.emplace_back(op, name, tensors[conv], layout.channels[conv]);
+      result.emplace_back(op, element(name, conv).c_str(), tensors[conv], layout.channels[conv],
+                          training);
     }
     return result;
   };
   Forward forward(x, layout, parameters(op, "weights", weights, layout),
-                  parameters(op, "biases", biases, layout),
-                  running("running_means", running_means), running("running_vars", running_vars),
-                  training, momentum, eps);
+                  parameters(op, "biases", biases, layout), running("running_means", running_means),
+                  running("running_vars", running_vars), training, momentum, eps);
 
   const int64_t n = x.size(0), h = x.size(2), w = x.size(3);
   const ScalarType dtype = x.scalar_type();
@@ -291,8 +299,7 @@ BackwardResult inception_backward(Tensor grad, Tensor x, std::vector<Tensor> con
   check_saved("reduced_5x5", reduced_5x5, layout.channels[kReduce5x5], dtype);
   check_saved("pooled", pooled, x.size(1), dtype);
   check_saved("argmax", argmax, x.size(1), ScalarType::Byte);
-  Argument{op, "mean", mean}.has_shape({layout.statistics_size}).has_dtype({ScalarType::Float});
-  Argument{op, "rstd", rstd}.has_shape({layout.statistics_size}).has_dtype({ScalarType::Float});
+  const SavedStatistics statistics(op, mean, rstd, layout.statistics_size);
   if (needs.size() != 1 + kConvs) fail(op, "needs", "expected 7 values, got ", needs.size());
   const bool needs_x = needs[0];
   const auto needs_weight = [&](Conv conv) { return needs[1 + conv]; };
@@ -304,10 +311,7 @@ BackwardResult inception_backward(Tensor grad, Tensor x, std::vector<Tensor> con
   const auto batch_norm = [&](Conv conv, const Pixels& dy, const Pixels& raw, const Pixels& dx) {
     Tensor weight_grad = empty_vector(x, layout.channels[conv], ScalarType::Float);
     Tensor bias_grad = empty_vector(x, layout.channels[conv], ScalarType::Float);
-    const int64_t offset = layout.statistics[conv];
-    batch_norm_relu_backward_pixels(dy, raw, dx, dtype,
-                                    {static_cast<float*>(mean.data_ptr()) + offset,
-                                     static_cast<float*>(rstd.data_ptr()) + offset},
+    batch_norm_relu_backward_pixels(dy, raw, dx, dtype, statistics.from(layout.statistics[conv]),
                                     {gammas[conv], betas[conv]}, training,
                                     static_cast<float*>(bias_grad.data_ptr()),
                                     static_cast<float*>(weight_grad.data_ptr()));
@@ -326,8 +330,8 @@ BackwardResult inception_backward(Tensor grad, Tensor x, std::vector<Tensor> con
     const Tensor raw = by_pixels(raw_saved);
     Tensor draw = empty_nhwc(x, n, layout.channels[conv], h, w);
     batch_norm(conv, grad_slice(conv), Pixels(raw), Pixels(draw));
-    ConvolutionGradients gradients =
-        convolution_same_backward(draw, conv_input, conv_weights[conv], needs_input, needs_weight(conv));
+    ConvolutionGradients gradients = convolution_same_backward(draw, conv_input, conv_weights[conv],
+                                                               needs_input, needs_weight(conv));
     if (needs_weight(conv)) {
       conv_weight_grads[conv] = in_layout_of(conv_weights[conv], gradients.weight);
     }
@@ -356,8 +360,8 @@ BackwardResult inception_backward(Tensor grad, Tensor x, std::vector<Tensor> con
     const Tensor input = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
     const bool any_weight =
         needs_weight(kBranch1) || needs_weight(kReduce3x3) || needs_weight(kReduce5x5);
-    ConvolutionGradients gradients =
-        convolution_same_backward(merged_grad, input, merged_weight(conv_weights), needs_x, any_weight);
+    ConvolutionGradients gradients = convolution_same_backward(
+        merged_grad, input, merged_weight(conv_weights), needs_x, any_weight);
     if (any_weight) {
       for (Conv conv : kMerged) {
         // [K, C, 1, 1]: rows of the merged gradient, copied so that each parameter owns its own.

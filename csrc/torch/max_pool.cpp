@@ -75,9 +75,16 @@ int64_t output_size(const char* op, const char* axis, int64_t input, int64_t ker
   return size;
 }
 
+void check_pair(const char* op, const char* name, const Pair& pair) {
+  if (pair.size() != 2) fail(op, name, "expected 2 values, got ", pair.size());
+}
+
 void check_window(const char* op, const Pair& kernel, const Pair& stride, const Pair& padding,
                   bool cuda) {
   constexpr int64_t largest = std::numeric_limits<int32_t>::max();
+  check_pair(op, "kernel_size", kernel);
+  check_pair(op, "stride", stride);
+  check_pair(op, "padding", padding);
   for (int axis = 0; axis < 2; ++axis) {
     if (kernel[axis] < 1 || kernel[axis] > 255) {
       fail(op, "kernel_size", "expected 1 to 255, got ", kernel[axis]);
@@ -219,6 +226,7 @@ Tensor max_pool_backward(Tensor grad, Tensor argmax, Pair input_size, Pair kerne
                          Pair padding) {
   static constexpr const char* op = "max_pool_backward";
   check_activation(op, "grad", grad);
+  check_pair(op, "input_size", input_size);
   check_window(op, kernel, stride, padding, grad.is_cuda());
   Argument{op, "argmax", argmax}
       .is_dense_of(grad.is_cuda())
