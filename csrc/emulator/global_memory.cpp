@@ -192,6 +192,7 @@ std::string Scope::describe_miss(uintptr_t address, size_t bytes, bool write) co
 }
 
 void Scope::check_complete() const {
+  if (!marked_) return;
   for (const Entry& entry : entries_) {
     if (entry.operand.use != Use::kWrite || entry.span == 0) continue;
     const Operand& operand = entry.operand;

@@ -9,16 +9,9 @@
 #include <vector>
 
 #include "counters.h"
+#include "use.h"
 
 namespace inception_ext::emulator {
-
-// How an op uses a tensor.
-enum class Use : uint8_t {
-  kRead,     // a write is an error
-  kWrite,    // every element has to be written, and none read before that
-  kUpdate,   // holds values when the op starts; any access
-  kScratch,  // no element may be read before it is written
-};
 
 // A strided tensor, or any other memory.
 struct Operand {
@@ -78,7 +71,11 @@ class Scope {
 
   // What was touched since the last call.
   std::vector<Touched> take_touched();
-  void add_kernel(const std::string& kernel) { kernels_.push_back(kernel); }
+  // A launch in this scope. Unless `marked`, its accesses are not recorded.
+  void add_kernel(const std::string& kernel, bool marked) {
+    kernels_.push_back(kernel);
+    marked_ = marked_ && marked;
+  }
 
  private:
   // Bytes to go from one entry of an axis to the next, and their number; outermost first.
@@ -102,6 +99,7 @@ class Scope {
   std::string op_;
   std::vector<Entry> entries_;
   std::vector<std::string> kernels_;  // that ran in this scope
+  bool marked_ = true;
   Scope* outer_;
 };
 

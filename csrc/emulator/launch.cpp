@@ -122,7 +122,8 @@ cudaError_t run_kernel(const void* kernel, const GridAt& grid_at, dim3 block, si
                         body,
                         arguments,
                         all_thread_indices(block)};
-  if (scope) scope->add_kernel(plan.kernel + ", launched at " + place_text(plan.place));
+  if (scope)
+    scope->add_kernel(plan.kernel + ", launched at " + place_text(plan.place), plan.checks);
 
   Progress progress;
   progress.order.resize(blocks);

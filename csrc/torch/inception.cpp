@@ -6,8 +6,6 @@
 //     -> max pool 3x3 -> 1x1 ----------------- BN ReLU -> out[branch4]
 //
 // The three 1x1 convolutions that read x run as one; every branch lands in its channels of out.
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <array>
 #include <string>
@@ -18,6 +16,7 @@
 #include "torch/batch_norm.h"
 #include "torch/convolution.h"
 #include "torch/cpu_kernels.h"
+#include "torch/library.h"
 #include "torch/max_pool.h"
 #include "torch/nhwc.h"
 
@@ -387,7 +386,7 @@ BackwardResult inception_backward(Tensor grad, Tensor x, std::vector<Tensor> con
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(inception_ext, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(INCEPTION_EXT_OPS, CPU, m) {
   m.impl("inception_forward", TORCH_BOX(&inception_forward));
   m.impl("inception_backward", TORCH_BOX(&inception_backward));
 }

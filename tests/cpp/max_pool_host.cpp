@@ -27,7 +27,7 @@ int run(const Launcher& launcher, const Params& params, const Region* regions, i
   std::vector<emulator::Operand> operands;
   for (const Region* region = regions; region != regions + region_count; ++region) {
     operands.push_back({"region " + std::to_string(region - regions),
-                        emulator::Use::kUpdate,
+                        inception_ext::Use::kUpdate,
                         region->begin,
                         1,
                         {region->end - region->begin},

@@ -11,9 +11,9 @@
 
 namespace {
 
+using inception_ext::Use;
 using inception_ext::emulator::Operand;
 using inception_ext::emulator::Scope;
-using inception_ext::emulator::Use;
 using namespace inception_ext::kernels;
 
 template <typename T>
