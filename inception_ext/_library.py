@@ -6,8 +6,11 @@ its reference path, and :func:`load_error` keeps the reason; under ``INCEPTION_E
 an ImportError instead.
 """
 
+import functools
 import os
+import re
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from inception_ext._version import __version__
 
-__all__ = ["build_info", "is_available", "load_error"]
+__all__ = ["build_info", "covering_architecture", "is_available", "load_error", "why_not_on"]
 
 _load_error: str | None = None
 try:
@@ -57,11 +60,6 @@ def ops(x: Tensor) -> Any:
     return torch.ops.inception_ext
 
 
-def has_cuda_kernels() -> bool:
-    """Whether there are kernels for what :func:`device_type` calls ``"cuda"``."""
-    return _emulated or build_info()["cuda"] is not None
-
-
 def is_available() -> bool:
     """Whether the compiled ops are loaded."""
     return _C is not None
@@ -92,6 +90,53 @@ def build_info() -> dict[str, Any]:
     info["cuda"] = info["cuda"] or None
     info["architectures"] = [a for a in info["architectures"].split(",") if a]
     return info
+
+
+def covering_architecture(architectures: Sequence[str], capability: str) -> str | None:
+    """Which of a binary's code objects a device runs, or None.
+
+    Machine code runs on its own major version from its minor version up (``sm_80`` on 8.6), PTX
+    on everything from its version up; with the suffix ``a`` either runs on its very version only,
+    with ``f`` on its family, which is taken as its major version.
+
+    Args:
+        architectures: such as ``["sm_80", "sm_90a", "compute_120"]``.
+        capability: of the device, such as ``"9.0"``.
+    """
+    major, minor = (int(part) for part in capability.split("."))
+    best: tuple[bool, int, str] | None = None
+    for name in architectures:
+        parsed = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
+        if not parsed:
+            continue
+        kind, its_major, its_minor, suffix = (
+            parsed[1],
+            int(parsed[2]),
+            int(parsed[3]),
+            parsed[4],
+        )
+        if suffix == "a":
+            runs = (its_major, its_minor) == (major, minor)
+        elif suffix == "f" or kind == "sm":
+            runs = its_major == major and its_minor <= minor
+        else:
+            runs = (its_major, its_minor) <= (major, minor)
+        if runs:  # machine code before PTX, then the newest
+            rank = (kind == "sm", its_major * 10 + its_minor, name)
+            best = rank if best is None else max(best, rank)
+    return best[2] if best else None
+
+
+@functools.cache
+def why_not_on(capability: tuple[int, int]) -> str | None:
+    """Why the binary's CUDA kernels do not run on a device of this capability, or None."""
+    info = build_info()
+    if not info["cuda"]:
+        return "the binary was built without CUDA"
+    text = "{}.{}".format(*capability)
+    if covering_architecture(info["architectures"], text) is None:
+        return f"the binary has no code for capability {text}: {', '.join(info['architectures'])}"
+    return None
 
 
 def _nhwc(like: Tensor, *size: Any, dtype: torch.dtype | None = None) -> Tensor:

@@ -6,12 +6,15 @@ module that it does not know (a replaced classifier, a block with hooks) is call
 frozen model always computes what the model computes in evaluation mode.
 """
 
+import operator
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from inception_ext import functional
 from inception_ext.modules import max_pool
@@ -24,8 +27,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 # Children in the order of their calls; a network without one (only the paper's has lrn) skips it.
-_TRUNK = (
-    *("conv1", "maxpool1", "lrn1", "conv2", "conv3", "lrn2", "maxpool2"),
+_STEM = ("conv1", "maxpool1", "lrn1", "conv2", "conv3", "lrn2", "maxpool2")
+_BODY = (
     *("inception3a", "inception3b", "maxpool3"),
     *("inception4a", "inception4b", "inception4c", "inception4d", "inception4e", "maxpool4"),
     *("inception5a", "inception5b"),
@@ -43,7 +46,8 @@ def freeze(
 
     The model stays as it is and remains the owner of the weights: when a parameter, a statistic or
     a submodule changes (training, ``load_state_dict``, ``.to()``, a new ``fc``), the next call
-    folds and packs them anew.
+    folds and packs them anew. What torch keeps no count of it cannot notice: after
+    ``p.data.mul_(2)``, or writes from another process, call :meth:`Engine.refresh`.
 
     Args:
         model: :class:`inception_ext.GoogLeNet`, torchvision's, or a network with their children.
@@ -75,7 +79,7 @@ class Engine:
     ) -> None:
         missing = [
             name
-            for name in (*_TRUNK, "avgpool", "fc")
+            for name in (*_STEM, *_BODY, "avgpool", "fc")
             if not name.startswith("lrn") and not isinstance(getattr(model, name, None), nn.Module)
         ]
         if missing:
@@ -91,10 +95,10 @@ class Engine:
         self._asked_dtype = dtype
         self._mean, self._std = tuple(mean), tuple(std)
         self._watch: _Watch | None = None
-        self._refresh()
+        self.refresh()
 
-    def _refresh(self) -> None:
-        """Reads the model's weights as they are now."""
+    def refresh(self) -> None:
+        """Reads the model's weights as they are now; a call does it where it notices a change."""
         watch = _Watch(self.model)
         weight = next(self.model.parameters())
         self.device = weight.device
@@ -106,12 +110,15 @@ class Engine:
                 f"freeze: dtype: expected {names} on {self.device.type}, got {self.dtype}"
             )
         with torch.no_grad():
-            self._steps = [
-                _step(getattr(self.model, name), self.dtype)
-                for name in _TRUNK
-                if hasattr(self.model, name)
-            ]
-            self._classifier = _classifier(self.model.fc, self.dtype)  # type: ignore[arg-type]
+            self._stem, self._body = (
+                [
+                    _step(getattr(self.model, name), self.dtype)
+                    for name in names
+                    if hasattr(self.model, name)
+                ]
+                for names in (_STEM, _BODY)
+            )
+            self._head = _head(self.model, self.dtype)
         self._watch = watch
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -127,17 +134,21 @@ class Engine:
         """
         assert self._watch is not None
         if self._watch.changed():
-            self._refresh()
-        with torch.no_grad():
+            self.refresh()
+        # Autocast is for models that leave their dtypes open.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             x = self._load(images)
-            for step in self._steps:
-                x = step(x)
-            # [N, 1024, H, W] -> [N, 1024]
-            x = _call(self.model.avgpool, x)  # type: ignore[arg-type]
-            return self._classifier(torch.flatten(x, 1))
+            # One channel of an image. The stem's largest activation has 64 channels of a quarter
+            # of its pixels, the body's 480 of a 64th.
+            plane = x.element_size() * x.shape[2] * x.shape[3]
+            x = _in_slices(self._stem, x, _STEM_BYTES // max(1, 16 * plane))
+            x = _in_slices(self._body, x, _BODY_BYTES // max(1, 8 * plane))
+            return _run(self._head, x)
 
     def _load(self, images: Tensor) -> Tensor:
         """Images of any accepted kind to ``[N, 3, H, W]``, channels_last, normalised."""
+        if type(images) is not Tensor:
+            images = images.as_subclass(Tensor)  # such as torchvision's tv_tensors.Image
         if images.dim() != 4:
             raise ValueError(
                 f"engine: images: expected 4D input (got {images.dim()}D input) of shape "
@@ -184,10 +195,11 @@ class Engine:
         return scale, shift
 
     def __repr__(self) -> str:
-        fused = sum(not isinstance(step, _ModuleCall) for step in self._steps)
+        steps = (*self._stem, *self._body)
+        fused = sum(not isinstance(step, _ModuleCall) for step in steps)
         return (
             f"Engine({type(self.model).__name__}, {self.dtype}, {self.device}, "
-            f"{fused} of {len(self._steps)} steps fused)"
+            f"{fused} of {len(steps)} steps fused)"
         )
 
 
@@ -195,36 +207,66 @@ _IDENTITY = ([1.0] * 3, [0.0] * 3)
 
 Step = Callable[[Tensor], Tensor]
 
+# Large batches run in slices, whose largest activation has at most this many bytes. malloc asks the
+# system for every block beyond 32 MiB anew, and each of its pages faults: a third of the time of a
+# batch of 32. The stem's slices stay within a shared cache besides.
+_STEM_BYTES = 8 << 20
+_BODY_BYTES = 32 << 20
+
+
+def _run(steps: Sequence[Step], x: Tensor) -> Tensor:
+    for step in steps:
+        x = step(x)
+    return x
+
+
+def _in_slices(steps: Sequence[Step], x: Tensor, images: int) -> Tensor:
+    """Runs steps on slices of at most ``images`` images, where all are ours and on the CPU."""
+    n = x.shape[0]
+    slices = -(-n // max(1, images))
+    if slices <= 1 or x.device.type != "cpu" or any(isinstance(s, _ModuleCall) for s in steps):
+        return _run(steps, x)
+    return torch.cat([_run(steps, part) for part in x.split(-(-n // slices))])
+
+
+# Attributes of layers that the fused steps read.
+_SETTINGS = ("eps", "stride", "padding", "dilation", "groups", "padding_mode")
+
 
 class _Watch:
     """Notices when anything that the weights were read from changes."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._tensors: list[tuple[dict[str, Any], str, Tensor, int, int]] = []
-        self._children: list[tuple[dict[str, Any], str, nn.Module | None]] = []
-        self._counts: list[tuple[dict[int, Any], int]] = []
+        entries: list[tuple[dict[Any, Any], str, Any]] = []
+        self._sized: list[dict[Any, Any]] = []
         for module in model.modules():
+            tables: list[dict[Any, Any]] = [module._parameters, module._buffers, module._modules]
+            for table in tables:
+                entries.extend((table, name, value) for name, value in table.items())
+            attributes = module.__dict__
+            entries.extend((attributes, k, attributes[k]) for k in _SETTINGS if k in attributes)
+            # By their number: new children, hooks, and a forward() patched onto the object.
             hooks = (module._forward_hooks, module._forward_pre_hooks)
-            self._counts.extend((table, len(table)) for table in hooks)
-            self._children.extend((module._modules, k, m) for k, m in module._modules.items())
-            for table in (module._parameters, module._buffers):
-                for name, tensor in table.items():
-                    if tensor is not None and name != "num_batches_tracked":
-                        self._tensors.append(
-                            (table, name, tensor, tensor._version, tensor.data_ptr())
-                        )
+            self._sized.extend((*tables, *hooks, attributes))
+        self._tables, self._names, self._values = zip(*entries, strict=True)
+        # The counts of batches too: torch does not count what training does to running statistics.
+        self._tensors = [*model.parameters(), *model.buffers()]
+        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        # Kept, so that no new tensor gets the address of an old one.
+        self._storages = [tensor.untyped_storage() for tensor in self._tensors]
+        self._state = self._read()
+
+    def _read(self) -> tuple[Any, ...]:
+        return (
+            [tensor._version for tensor in self._counted],
+            [tensor.data_ptr() for tensor in self._tensors],
+            [len(table) for table in self._sized],
+            bool(_has_any_global_hook()),
+        )
 
     def changed(self) -> bool:
-        return (
-            any(
-                table.get(name) is not tensor
-                or tensor._version != version
-                or tensor.data_ptr() != pointer
-                for table, name, tensor, version, pointer in self._tensors
-            )
-            or any(table.get(name) is not child for table, name, child in self._children)
-            or any(len(table) != count for table, count in self._counts)
-        )
+        values = map(dict.get, self._tables, self._names)
+        return self._read() != self._state or not all(map(operator.is_, values, self._values))
 
 
 class _ModuleCall:
@@ -240,16 +282,20 @@ class _ModuleCall:
         return _call(self.module, x.to(self.module_dtype)).to(self.dtype)
 
 
+_mode_lock = threading.RLock()
+
+
 def _call(module: nn.Module, x: Tensor) -> Tensor:
     """Calls a module in evaluation mode and leaves every mode in it as it was."""
-    training = [m for m in module.modules() if m.training]
-    for m in training:
-        m.training = False
-    try:
-        return module(x)
-    finally:
+    with _mode_lock:  # no other thread puts a mode back in the middle
+        training = [m for m in module.modules() if m.training]
         for m in training:
-            m.training = True
+            m.training = False
+        try:
+            return module(x)
+        finally:
+            for m in training:
+                m.training = True
 
 
 class _Convolution:
@@ -333,6 +379,17 @@ def _step(module: nn.Module, dtype: torch.dtype) -> Step:
     return _ModuleCall(module, dtype)
 
 
+def _head(model: Any, dtype: torch.dtype) -> list[Step]:
+    """Pool, dropout, classifier: ``[N, 1024, H, W]`` -> ``[N, num_classes]``."""
+    pool = model.avgpool
+    steps = [pool if _is_plain(pool, nn.AdaptiveAvgPool2d) else _ModuleCall(pool, dtype)]
+    steps.append(lambda x: torch.flatten(x, 1))
+    dropout = getattr(model, "dropout", None)
+    if isinstance(dropout, nn.Module) and not _is_plain(dropout, nn.Dropout):
+        steps.append(_ModuleCall(dropout, dtype))
+    return [*steps, _classifier(model.fc, dtype)]
+
+
 def _classifier(module: Any, dtype: torch.dtype) -> Step:
     if not _is_plain(module, nn.Linear):
         return _ModuleCall(module, dtype)
@@ -342,16 +399,35 @@ def _classifier(module: Any, dtype: torch.dtype) -> Step:
 
 
 def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
-    return isinstance(module, nn.Module) and (functional.why_module_reference(module, kind) is None)
+    return (
+        isinstance(module, nn.Module)
+        and functional.why_module_reference(module, kind) is None
+        and not _has_any_global_hook()
+    )
+
+
+# The blocks by where they are defined; torchvision need not be there.
+_CONVOLUTIONS = {
+    ("inception_ext.modules", "BasicConv2d"),
+    ("inception_ext.bvlc", "ConvReLU"),
+    ("torchvision.models.googlenet", "BasicConv2d"),
+}
+_INCEPTIONS = {
+    ("inception_ext.modules", "Inception"),
+    ("torchvision.models.googlenet", "Inception"),
+}
+
+
+def _runs(module: Any, method: str, classes: set[tuple[str, str]]) -> bool:
+    """Whether a module's method is that of one of the classes; a subclass may have its own."""
+    function = getattr(type(module), method, None)
+    owner = getattr(function, "__qualname__", "").removesuffix(f".{method}")
+    return method not in module.__dict__ and (getattr(function, "__module__", ""), owner) in classes
 
 
 def _is_foldable(module: Any) -> bool:
-    """Whether a module computes relu(bn(conv(x))) or relu(conv(x)) and nothing else.
-
-    Recognised by class name and children, so that torchvision's blocks are too.
-    """
-    names = {base.__name__ for base in type(module).__mro__}
-    if not names & {"BasicConv2d", "ConvReLU"} or not _has_no_hooks(module):
+    """Whether a module computes relu(bn(conv(x))) or relu(conv(x)) and nothing else."""
+    if not _runs(module, "forward", _CONVOLUTIONS) or not _has_no_hooks(module):
         return False
     children = list(module._modules)
     if not _is_plain(module.conv, nn.Conv2d) or children not in (["conv", "bn"], ["conv"]):
@@ -366,7 +442,7 @@ def _is_foldable(module: Any) -> bool:
 
 
 def _is_inception(module: Any) -> bool:
-    if "Inception" not in {base.__name__ for base in type(module).__mro__}:
+    if not all(_runs(module, method, _INCEPTIONS) for method in ("forward", "_forward")):
         return False
     if not _has_no_hooks(module) or list(module._modules) != [f"branch{i}" for i in (1, 2, 3, 4)]:
         return False

@@ -155,7 +155,9 @@ def why_pool_reference(
         return "a window that is not two integers"
     reason = why_reference(x)
     if reason == "no kernel for device cuda":
-        if x.dtype not in _CUDA_POOL_DTYPES or not _library.has_cuda_kernels():
+        if x.dtype not in _CUDA_POOL_DTYPES:
+            return f"no kernel for dtype {x.dtype} on cuda"
+        if x.is_cuda and (reason := _why_not_on(x.device)) is not None:
             return reason
         if not (set(kernel) <= {2, 3} and set(step) <= {1, 2}):
             return "no CUDA kernel for this window"
@@ -166,6 +168,11 @@ def why_pool_reference(
     if x.shape[2] < kernel[0] or x.shape[3] < kernel[1]:
         return "input smaller than the window"  # the reference words the error, if it is one
     return None
+
+
+@torch.compiler.assume_constant_result  # while tracing: a device stays what it is
+def _why_not_on(device: torch.device) -> str | None:
+    return _library.why_not_on(torch.cuda.get_device_capability(device))
 
 
 def batch_norm_relu(

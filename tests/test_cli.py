@@ -118,7 +118,7 @@ def test_info_with_a_device_that_the_binary_does_not_cover(monkeypatch):
     ],
 )
 def test_covering_architecture(architectures, capability, expected):
-    assert _cuda.covering_architecture(architectures, capability) == expected
+    assert _library.covering_architecture(architectures, capability) == expected
 
 
 def test_devices_of_a_torch_without_cuda_come_from_the_driver(monkeypatch):
@@ -280,3 +280,24 @@ def test_cpu_in_use_is_a_number_of_cores():
     busy, cores = cpu_in_use(0.05)
     assert cores >= 1
     assert 0 <= busy <= cores
+
+
+def test_eager_twin_with_and_without_torchvision(monkeypatch):
+    from inception_ext import _torchvision
+    from inception_ext.cli._eager import eager_twin
+
+    torch.manual_seed(0)
+    model = inception_ext.GoogLeNet(num_classes=4, init_weights=False, transform_input=True)
+    model.double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    name, twin = eager_twin(model)
+    assert name == "torchvision, eager"
+    torch.testing.assert_close(twin(x), model(x))
+
+    def fail() -> None:
+        raise ImportError("No module named 'torchvision'")
+
+    monkeypatch.setattr(_torchvision, "import_torchvision", fail)
+    name, twin = eager_twin(model)
+    assert name == "the reference path, eager"
+    assert torch.equal(twin(x), model(x))

@@ -31,7 +31,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import inception_ext
-from inception_ext import functional, reference
+from inception_ext import _library, functional, reference
 from inception_ext.modules import BasicConv2d, Inception
 
 FUSED = ["inception_forward", "inception_backward"]
@@ -1130,3 +1130,27 @@ def test_the_reference_is_what_is_fallen_back_to(block):
         y = functional.batch_norm_relu(*arguments)
     assert called.names == []
     assert torch.equal(y, reference.batch_norm_relu(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("info", "capability", "reason"),
+    [
+        ({"cuda": None, "architectures": []}, (9, 0), "the binary was built without CUDA"),
+        ({"cuda": "13.0", "architectures": ["sm_80", "sm_90a"]}, (9, 0), None),
+        ({"cuda": "13.0", "architectures": ["sm_80", "sm_90a"]}, (8, 6), None),
+        ({"cuda": "13.0", "architectures": ["sm_80", "compute_90"]}, (12, 0), None),
+        (
+            {"cuda": "13.0", "architectures": ["sm_80", "sm_90a"]},
+            (12, 0),
+            "the binary has no code for capability 12.0: sm_80, sm_90a",
+        ),
+    ],
+)
+def test_a_gpu_that_the_binary_does_not_cover_takes_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+    info: dict[str, object],
+    capability: tuple[int, int],
+    reason: str | None,
+) -> None:
+    monkeypatch.setattr(_library, "build_info", lambda: info)
+    assert _library.why_not_on.__wrapped__(capability) == reason

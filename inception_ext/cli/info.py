@@ -45,7 +45,9 @@ def collect() -> dict[str, Any]:
     }
     devices = _cuda.devices()
     for device in devices:
-        device["runs"] = _cuda.covering_architecture(binary["architectures"], device["capability"])
+        device["runs"] = _library.covering_architecture(
+            binary["architectures"], device["capability"]
+        )
     return {
         "version": _version(),
         "python": platform.python_version(),
