@@ -61,8 +61,8 @@ def freeze(
 
     Raises:
         TypeError: the model lacks the children of a GoogLeNet.
-        ValueError: a dtype that inference does not run in, or ``mean`` or ``std`` of another
-            length than 3.
+        ValueError: a dtype that inference does not run in, ``mean`` or ``std`` of another length
+            than 3, or a ``std`` that is not positive.
     """
     return Engine(model, dtype, mean, std)
 
@@ -91,6 +91,8 @@ class Engine:
             raise ValueError(
                 f"freeze: mean and std: expected 3 values each, got {len(mean)} and {len(std)}"
             )
+        if not min(std) > 0:
+            raise ValueError(f"freeze: std: expected values above 0, got {tuple(std)}")
         self.model = model
         self._asked_dtype = dtype
         self._mean, self._std = tuple(mean), tuple(std)
@@ -109,16 +111,17 @@ class Engine:
             raise ValueError(
                 f"freeze: dtype: expected {names} on {self.device.type}, got {self.dtype}"
             )
+        dtypes = (self.dtype, weight.dtype)
         with torch.no_grad():
             self._stem, self._body = (
                 [
-                    _step(getattr(self.model, name), self.dtype)
+                    _step(getattr(self.model, name), dtypes)
                     for name in names
                     if hasattr(self.model, name)
                 ]
                 for names in (_STEM, _BODY)
             )
-            self._head = _head(self.model, self.dtype)
+            self._head = _head(self.model, dtypes)
         self._watch = watch
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -147,6 +150,9 @@ class Engine:
 
     def _load(self, images: Tensor) -> Tensor:
         """Images of any accepted kind to ``[N, 3, H, W]``, channels_last, normalised."""
+        if not isinstance(images, Tensor) or images.layout != torch.strided:
+            what = images.layout if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"engine: images: expected a dense Tensor, got {what}")
         if type(images) is not Tensor:
             images = images.as_subclass(Tensor)  # such as torchvision's tv_tensors.Image
         if images.dim() != 4:
@@ -269,14 +275,21 @@ class _Watch:
         return self._read() != self._state or not all(map(operator.is_, values, self._values))
 
 
-class _ModuleCall:
-    """A module that no fused step stands for: called as in evaluation mode, in its own dtype."""
+_Dtypes = tuple[torch.dtype, torch.dtype]
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+
+class _ModuleCall:
+    """A module that no fused step stands for: called as in evaluation mode, in its own dtype.
+
+    Args:
+        dtypes: that of the engine, and that of the model, for modules without parameters.
+    """
+
+    def __init__(self, module: nn.Module, dtypes: "_Dtypes") -> None:
         self.module = module
-        self.dtype = dtype
+        self.dtype, model_dtype = dtypes
         parameter = next(module.parameters(), None)
-        self.module_dtype = dtype if parameter is None else parameter.dtype
+        self.module_dtype = model_dtype if parameter is None else parameter.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
         return _call(self.module, x.to(self.module_dtype)).to(self.dtype)
@@ -296,6 +309,12 @@ def _call(module: nn.Module, x: Tensor) -> Tensor:
         finally:
             for m in training:
                 m.training = True
+
+
+# oneDNN's ReLU is max(x, 0), which makes 0 of NaN: a broken image, or a model that has diverged,
+# would get logits like any other. Its leaky ReLU multiplies, and keeps NaN. This slope is as good
+# as 0, and yet far from where numbers become subnormal, which is slow.
+_SLOPE = 1e-30
 
 
 class _Convolution:
@@ -325,8 +344,9 @@ class _Convolution:
             self._packed = torch.ops.mkldnn._reorder_convolution_weight(
                 self.weight, self.padding, self.stride, [1, 1], 1, list(x.shape)
             )
+        leaky = ("leaky_relu", [_SLOPE], None)
         return torch.ops.mkldnn._convolution_pointwise(
-            x, self._packed, self.bias, self.padding, self.stride, [1, 1], 1, "relu", [], None
+            x, self._packed, self.bias, self.padding, self.stride, [1, 1], 1, *leaky
         )
 
 
@@ -368,33 +388,33 @@ class _Inception:
         return torch.cat([y1, self.conv_3x3(y3), self.conv_5x5(y5), self.projection(pooled)], 1)
 
 
-def _step(module: nn.Module, dtype: torch.dtype) -> Step:
+def _step(module: nn.Module, dtypes: _Dtypes) -> Step:
     """The fused step that stands for a module, or a call of the module."""
     if _is_foldable(module):
-        return _fused_convolution(module, dtype)
+        return _fused_convolution(module, dtypes[0])
     if _is_inception(module):
-        return _Inception(module, dtype)
+        return _Inception(module, dtypes[0])
     if _is_plain(module, nn.MaxPool2d):
         return lambda x: max_pool(module, x)
-    return _ModuleCall(module, dtype)
+    return _ModuleCall(module, dtypes)
 
 
-def _head(model: Any, dtype: torch.dtype) -> list[Step]:
+def _head(model: Any, dtypes: _Dtypes) -> list[Step]:
     """Pool, dropout, classifier: ``[N, 1024, H, W]`` -> ``[N, num_classes]``."""
     pool = model.avgpool
-    steps = [pool if _is_plain(pool, nn.AdaptiveAvgPool2d) else _ModuleCall(pool, dtype)]
+    steps = [pool if _is_plain(pool, nn.AdaptiveAvgPool2d) else _ModuleCall(pool, dtypes)]
     steps.append(lambda x: torch.flatten(x, 1))
     dropout = getattr(model, "dropout", None)
     if isinstance(dropout, nn.Module) and not _is_plain(dropout, nn.Dropout):
-        steps.append(_ModuleCall(dropout, dtype))
-    return [*steps, _classifier(model.fc, dtype)]
+        steps.append(_ModuleCall(dropout, dtypes))
+    return [*steps, _classifier(model.fc, dtypes)]
 
 
-def _classifier(module: Any, dtype: torch.dtype) -> Step:
+def _classifier(module: Any, dtypes: _Dtypes) -> Step:
     if not _is_plain(module, nn.Linear):
-        return _ModuleCall(module, dtype)
-    weight = module.weight.to(dtype)
-    bias = None if module.bias is None else module.bias.to(dtype)
+        return _ModuleCall(module, dtypes)
+    weight = module.weight.to(dtypes[0])
+    bias = None if module.bias is None else module.bias.to(dtypes[0])
     return lambda x: F.linear(x, weight, bias)
 
 

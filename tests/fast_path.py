@@ -33,6 +33,11 @@ def randn(*size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
     return torch.randn(size, generator=generator(seed)).to(dtype)
 
 
+def strides(x: Tensor) -> list[int]:
+    """Those that lead to elements, which are what compiled code relies on."""
+    return [step for size, step in zip(x.shape, x.stride(), strict=True) if size > 1 and x.numel()]
+
+
 def _channel_slice(x: Tensor) -> Tensor:
     """Channels 3, 4, ... of a wider channels_last tensor, which is NaN elsewhere."""
     n, c, h, w = x.shape

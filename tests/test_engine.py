@@ -1,0 +1,809 @@
+"""freeze(): what the model computes in evaluation mode, whatever has happened to the model."""
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from closeness import assert_network_as_good_as_eager
+from fast_path import ARRANGEMENTS, CalledOps, generator
+from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
+from torch.nn.utils import parametrize, prune
+
+import inception_ext
+from inception_ext import engine as engine_module
+from inception_ext import functional
+from inception_ext.bvlc import BVLCGoogLeNet
+from inception_ext.engine import Engine, freeze
+from inception_ext.modules import BasicConv2d, Inception
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def enliven(model: nn.Module) -> nn.Module:
+    """Every layer passes a signal on, in evaluation mode too."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.4, 0.8)
+            nn.init.uniform_(module.bias, 0.4, 0.8)
+            module.momentum = None
+    with torch.no_grad():
+        model.train()(torch.randn(4, 3, 64, 64))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def models(tv_googlenet: Any) -> dict[str, nn.Module]:
+    """One of each kind, in evaluation mode; not to be changed."""
+    settings = {"num_classes": 10, "init_weights": False}
+    torch.manual_seed(0)
+    return {
+        "ours": enliven(inception_ext.GoogLeNet(**settings)),
+        "torchvision": enliven(tv_googlenet.GoogLeNet(**settings)),
+        "accelerated": inception_ext.accelerate(enliven(tv_googlenet.GoogLeNet(**settings))),
+        "branch3_kernel_size=5": enliven(
+            inception_ext.GoogLeNet(**settings, aux_logits=False, branch3_kernel_size=5)
+        ),
+        "bvlc": enliven(BVLCGoogLeNet(num_classes=10)),
+    }
+
+
+KINDS = ("ours", "torchvision", "accelerated", "branch3_kernel_size=5", "bvlc")
+
+
+@pytest.fixture
+def model(models: dict[str, nn.Module]) -> nn.Module:
+    """One that a test may change."""
+    return copy.deepcopy(models["ours"])
+
+
+def images(n: int, h: int, w: int, seed: int = 1) -> Tensor:
+    """uint8, as they come from a file."""
+    return torch.randint(0, 256, (n, 3, h, w), generator=generator(seed), dtype=torch.uint8)
+
+
+def normalised(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    mean, std = (torch.tensor(v, dtype=dtype).view(3, 1, 1) for v in (MEAN, STD))
+    return (x.to(dtype) / 255 - mean) / std
+
+
+def evaluate(model: nn.Module, x: Tensor) -> Tensor:
+    """In evaluation mode, on the plain path, in the dtype of x."""
+    model = copy.deepcopy(model).to(x.dtype).eval()
+    with torch.no_grad(), functional.use_kernels(False):
+        return model(x)
+
+
+def assert_as_good_as_the_model(
+    engine: Engine, model: nn.Module, x: Tensor, given: Tensor | None = None
+) -> None:
+    """The engine on ``given`` (default: x) against the model on x, judged in float64."""
+    logits = engine(x if given is None else given)
+    exact = evaluate(model, x.double())
+    if engine.dtype == torch.bfloat16 and isinstance(model, BVLCGoogLeNet):
+        eager = exact.bfloat16()  # the best there could be: torch has no bfloat16 LRN on the CPU
+    else:
+        eager = evaluate(model, x.to(engine.dtype))
+    assert_network_as_good_as_eager({"logits": logits}, {"logits": eager}, {"logits": exact})
+
+
+# What it computes
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "nchw": Tensor.contiguous,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "nhwc": lambda x: x.permute(0, 2, 3, 1).contiguous(),
+    "nhwc view": lambda x: x.permute(0, 2, 3, 1),
+    "flipped": lambda x: x.flip(3).contiguous().flip(3),
+    "sliced": lambda x: torch.cat([x, x, x], 3)[..., x.shape[3] : 2 * x.shape[3]],
+    "every other": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
+}
+# Every size, number of images, dtype and layout, if not all of their combinations: (N, H, W, ...).
+INPUTS = [
+    (1, 15, 15, torch.uint8, "nchw"),
+    (3, 15, 15, torch.float32, "nhwc"),
+    (1, 33, 47, torch.float32, "nchw"),
+    (3, 33, 47, torch.uint8, "channels_last"),
+    (1, 33, 47, torch.uint8, "nhwc view"),
+    (1, 64, 64, torch.float32, "channels_last"),
+    (3, 64, 64, torch.uint8, "nhwc"),
+    (0, 64, 64, torch.uint8, "nchw"),
+    (0, 33, 47, torch.float32, "nhwc"),
+    (2, 47, 33, torch.uint8, "sliced"),
+    (2, 47, 33, torch.float32, "every other"),
+]
+
+
+@each_dtype
+@pytest.mark.parametrize("kind", KINDS)
+def test_computes_what_the_model_computes(models, kind, dtype):
+    model = models[kind]
+    engine = freeze(model, dtype)
+    for n, h, w, image_dtype, layout in INPUTS:
+        h, w = (max(h, 31), max(w, 31)) if kind == "bvlc" else (h, w)
+        x = images(n, h, w)
+        given = x if image_dtype == torch.uint8 else normalised(x)
+        logits = engine(LAYOUTS[layout](given))
+        assert logits.shape == (n, 10) and logits.dtype == dtype
+        if n:
+            assert_as_good_as_the_model(engine, model, normalised(x), LAYOUTS[layout](given))
+
+
+def test_other_float_dtypes_of_images(models):
+    engine = freeze(models["ours"])
+    x = normalised(images(2, 33, 47))
+    expected = engine(x)
+    torch.testing.assert_close(engine(x.double()), expected)
+    torch.testing.assert_close(engine(x.half()), engine(x.half().float()))
+    torch.testing.assert_close(engine(x.bfloat16()), engine(x.bfloat16().float()))
+
+
+def test_expanded_images(models):
+    engine = freeze(models["ours"])
+    x = images(1, 33, 47)
+    many = engine(x.expand(3, -1, -1, -1))
+    torch.testing.assert_close(many, engine(x).expand(3, -1))
+    grey = x[:, :1].expand(-1, 3, -1, -1)
+    torch.testing.assert_close(engine(grey), engine(grey.contiguous()))
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_images_of_any_strides(models, arrangement):
+    engine = freeze(models["ours"])
+    x = normalised(images(2, 33, 47))
+    assert torch.equal(engine(ARRANGEMENTS[arrangement](x)), engine(x))
+
+
+def test_dtype_of_the_model(models):
+    model = copy.deepcopy(models["ours"]).bfloat16()
+    assert freeze(model).dtype == torch.bfloat16
+    engine = freeze(model, torch.float32)
+    x = normalised(images(2, 33, 47))
+    assert_network_as_good_as_eager(
+        {"logits": engine(x)},
+        {"logits": evaluate(model.float(), x)},
+        {"logits": evaluate(model.double(), x.double())},
+    )
+    assert freeze(model, torch.float32)(x).dtype == torch.float32  # of a model in float64
+
+
+def test_a_subclass_of_tensor(models, torchvision):
+    from torchvision import tv_tensors
+
+    engine = freeze(models["ours"])
+    x = images(1, 33, 47)
+    logits = engine(tv_tensors.Image(x))
+    assert type(logits) is Tensor and torch.equal(logits, engine(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_is_fused(models, kind):
+    """No step is left to the model's own code."""
+    engine = freeze(models[kind])
+    steps = 18 if kind == "bvlc" else 16
+    fused = steps - 2 if kind == "bvlc" else steps  # local response normalisation is torch's
+    name = type(models[kind]).__name__
+    text = f"Engine({name}, torch.float32, cpu, {fused} of {steps} steps fused)"
+    assert repr(engine) == text
+    with CalledOps() as called:
+        engine(images(1, 96, 96))
+    assert called.names.count("image_to_nhwc") == 1
+    assert called.names.count("max_pool_forward") == 13
+
+
+# transform_input and normalisation
+
+
+@each_dtype
+@pytest.mark.parametrize("kind", ["ours", "torchvision", "accelerated"])
+def test_transform_input(models, kind, dtype):
+    model = copy.deepcopy(models[kind])
+    model.transform_input = True
+    engine = freeze(model, dtype)
+    x = images(2, 33, 47)
+    for given in (x, normalised(x), LAYOUTS["nhwc"](normalised(x))):
+        assert_as_good_as_the_model(engine, model, normalised(x), given)
+
+
+def first_convolution(engine: Engine, x: Tensor) -> Tensor:
+    return engine._stem[0](engine._load(x))
+
+
+@pytest.mark.parametrize("transform_input", [False, True])
+def test_exact_at_the_borders(models, transform_input):
+    """The first convolution pads with zeros of the transformed image, not of the original."""
+    model = copy.deepcopy(models["ours"])
+    model.transform_input = transform_input
+    engine = freeze(model)
+    x = images(2, 33, 47)
+    x[0], x[1, :, :, -1] = 0, 255
+    with torch.no_grad():
+        expected = model.double().conv1(model._transform_input(normalised(x, torch.float64)))
+        for given in (x, normalised(x)):
+            y = first_convolution(engine, given).double()
+            assert (y - expected).abs().max() < 64 * 2**-23 * expected.abs().max()
+
+
+def test_uint8_is_the_normalised_float(models):
+    """As the transforms that come with the published weights normalise."""
+    for transform_input in (False, True):
+        model = copy.deepcopy(models["ours"])
+        model.transform_input = transform_input
+        engine = freeze(model)
+        x = images(2, 33, 47)
+        torch.testing.assert_close(engine._load(x), engine._load(normalised(x)), rtol=0, atol=4e-6)
+        torch.testing.assert_close(engine(x), engine(normalised(x)), rtol=1e-3, atol=1e-3)
+
+
+def test_another_normalisation(models):
+    x = images(2, 33, 47)
+    engine = freeze(models["ours"], mean=(0.0, 0.1, 0.2), std=(1.0, 0.5, 0.25))
+    given = (x / 255 - torch.tensor([0.0, 0.1, 0.2]).view(3, 1, 1)) / torch.tensor(
+        [1.0, 0.5, 0.25]
+    ).view(3, 1, 1)
+    assert_as_good_as_the_model(engine, models["ours"], given, x)
+    plain = freeze(models["ours"], mean=[0] * 3, std=[1 / 255] * 3)
+    assert_as_good_as_the_model(plain, models["ours"], x.float(), x)
+
+
+# Changes
+
+
+@pytest.fixture
+def refolds(monkeypatch) -> Iterator[list[Engine]]:
+    """Collects an entry for each time that an engine reads its model anew."""
+    calls: list[Engine] = []
+    refresh = Engine.refresh
+
+    def counting(self: Engine) -> None:
+        calls.append(self)
+        refresh(self)
+
+    monkeypatch.setattr(Engine, "refresh", counting)
+    return calls
+
+
+def a_step(model: nn.Module, optimizer_class: Any = torch.optim.SGD, **kwargs: Any) -> None:
+    model.train()
+    optimizer = optimizer_class(model.parameters(), lr=0.05, **kwargs)
+    outputs = model(normalised(images(4, 64, 64, seed=2)))
+    inception_ext.GoogLeNetLoss()(outputs, torch.arange(4)).backward()
+    optimizer.step()
+    model.zero_grad()
+    model.eval()
+
+
+class PlainSGD(torch.optim.Optimizer):
+    """Written as before PyTorch 0.4, past the version counters."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                parameter.data.add_(parameter.grad.data, alpha=-self.param_groups[0]["lr"])
+
+
+def recalibrate(model: nn.Module) -> None:
+    """New running statistics, without gradients."""
+    with torch.no_grad():
+        model.train()(normalised(images(4, 64, 64, seed=3)) * 2)
+    model.eval()
+
+
+def halve(tensor: Tensor) -> None:
+    with torch.no_grad():
+        tensor.mul_(0.5)
+
+
+def round_trip(model: nn.Module) -> None:
+    """Every weight loses digits and may get its old address back."""
+    model.bfloat16()
+    model.float()
+
+
+def two_assignments(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        values = parameter.detach() * 0.9
+        parameter.data = torch.empty(0)
+        parameter.data = values
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class LeakyConv(BasicConv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(self.bn(self.conv(x)), 0.3)
+
+
+class ScaledInception(Inception):
+    def _forward(self, x: Tensor) -> list[Tensor]:
+        return [y * 1.5 for y in super()._forward(x)]
+
+
+def in_another_class(name: str, cls: type[nn.Module]) -> Callable[[nn.Module], None]:
+    """The same parameters in a module of another class."""
+
+    def change(model: nn.Module) -> None:
+        module = cls.__new__(cls)
+        module.__dict__.update(model.get_submodule(name).__dict__)
+        model.set_submodule(name, module)
+
+    return change
+
+
+def new_fc(model: Any) -> None:
+    torch.manual_seed(5)
+    model.fc = nn.Linear(1024, 7)
+
+
+def hook(name: str) -> Callable[[nn.Module], Any]:
+    return lambda model: model.get_submodule(name).register_forward_hook(lambda _, __, y: y * 1.5)
+
+
+def pre_hook(name: str) -> Callable[[nn.Module], Any]:
+    return lambda model: model.get_submodule(name).register_forward_pre_hook(
+        lambda _, inputs: inputs[0] * 1.5
+    )
+
+
+def patch_forward(model: Any) -> None:
+    block = model.inception4b  # the method of a copy is bound to the copy
+    block.forward = MethodType(lambda self, x: Inception.forward(self, x) * 1.5, block)
+
+
+def set_attribute(name: str, attribute: str, value: Any) -> Callable[[nn.Module], None]:
+    return lambda model: setattr(model.get_submodule(name), attribute, value)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a step of SGD": a_step,
+    "a step of Adam": lambda m: a_step(m, torch.optim.Adam, foreach=True),
+    "a step past the version counters": lambda m: a_step(m, PlainSGD),
+    "running statistics, on the fast path": recalibrate,
+    "load_state_dict": lambda m: m.load_state_dict({k: v * 0.9 for k, v in m.state_dict().items()}),
+    "load_state_dict(assign=True)": lambda m: m.load_state_dict(
+        {k: v * 0.9 for k, v in m.state_dict().items()}, assign=True
+    ),
+    "convolution weight": lambda m: halve(m.inception3a.branch2[1].conv.weight),
+    "batch norm weight": lambda m: halve(m.inception5b.branch4[1].bn.weight),
+    "batch norm bias": lambda m: halve(m.conv1.bn.bias),
+    "running mean": lambda m: halve(m.conv3.bn.running_mean),
+    "running var": lambda m: halve(m.inception4e.branch3[0].bn.running_var),
+    "fc": lambda m: halve(m.fc.bias),
+    ".data": lambda m: setattr(m.conv2.conv.weight, "data", m.conv2.conv.weight.data * 0.5),
+    ".data twice": two_assignments,
+    "a new parameter": lambda m: setattr(
+        m.conv2.conv, "weight", nn.Parameter(m.conv2.conv.weight * 0.5)
+    ),
+    ".bfloat16().float()": round_trip,
+    "a new fc": new_fc,
+    "reset_classifier": lambda m: m.reset_classifier(5),
+    "a bias": set_attribute("conv1.conv", "bias", nn.Parameter(torch.ones(64))),
+    "no batch norm": set_attribute("conv2", "bn", nn.Identity()),
+    "another block": set_attribute("inception4c", "branch4", nn.Conv2d(512, 64, 1)),
+    "a replaced block": lambda m: setattr(m, "inception5b", nn.Conv2d(832, 1024, 1)),
+    "a block more": lambda m: m.inception3b.branch2.append(Doubled()),
+    "a convolution of another class": in_another_class("conv3", LeakyConv),
+    "one within a block": in_another_class("inception4a.branch2.0", LeakyConv),
+    "an Inception of another class": in_another_class("inception4a", ScaledInception),
+    "another pool": lambda m: setattr(m, "maxpool2", nn.AvgPool2d(3, 2, ceil_mode=True)),
+    "another pool in a block": set_attribute("inception4a.branch4", "0", nn.AvgPool2d(3, 1, 1)),
+    "another average pool": lambda m: setattr(m, "avgpool", nn.AdaptiveMaxPool2d((1, 1))),
+    "something for dropout": lambda m: setattr(m, "dropout", Doubled()),
+    "a hook on a block": hook("inception4a"),
+    "a hook on a branch": hook("inception4a.branch2"),
+    "a hook on a batch norm": hook("inception4a.branch2.0.bn"),
+    "a hook on a convolution": hook("conv2.conv"),
+    "a hook on a pool": hook("maxpool3"),
+    "a hook on dropout": hook("dropout"),
+    "a hook on avgpool": hook("avgpool"),
+    "a hook on fc": pre_hook("fc"),
+    "a hook before a block": pre_hook("inception5a"),
+    "a patched forward": patch_forward,
+    "a parametrization": lambda m: parametrize.register_parametrization(
+        m.inception3b.branch1.conv, "weight", Doubled()
+    ),
+    "pruning": lambda m: prune.l1_unstructured(m.conv3.conv, "weight", 0.5),
+    "eps": set_attribute("conv1.bn", "eps", 0.5),
+    "transform_input": lambda m: setattr(m, "transform_input", True),
+    "stride": set_attribute("inception3a.branch4.0", "padding", 1),  # none
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_noticed(model, name):
+    engine = freeze(model)
+    x = normalised(images(2, 64, 64))
+    before = engine(x)
+    CHANGES[name](model)
+    for _ in range(2):
+        assert_as_good_as_the_model(engine, model, x)
+    if name != "stride":
+        assert before.shape != engine(x).shape or not torch.allclose(before, engine(x), rtol=1e-4)
+
+
+def test_a_change_of_torchvisions_is_noticed(models):
+    """Whose running statistics torch itself changes, without counting."""
+    for change in (recalibrate, a_step):
+        model = copy.deepcopy(models["torchvision"])
+        engine = freeze(model)
+        x = normalised(images(2, 64, 64))
+        engine(x)
+        change(model)
+        assert_as_good_as_the_model(engine, model, x)
+
+
+def test_a_hook_is_noticed_when_it_goes(model):
+    engine = freeze(model)
+    x = images(1, 33, 47)
+    before = engine(x)
+    seen: list[str] = []
+    handles = [
+        model.inception4a.register_forward_hook(lambda *_: seen.append("block")),
+        model.inception4a.branch1.bn.register_forward_pre_hook(lambda *_: seen.append("bn")),
+    ]
+    torch.testing.assert_close(engine(x), before, rtol=1e-3, atol=1e-3)
+    assert seen == ["bn", "block"] and "15 of 16 steps fused" in repr(engine)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(engine(x), before)
+    assert seen == ["bn", "block"] and "16 of 16 steps fused" in repr(engine)
+
+
+def test_hooks_on_all_modules(model):
+    engine = freeze(model)
+    seen = []
+    handle = global_hooks.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
+    try:
+        engine(images(1, 33, 47))
+    finally:
+        handle.remove()
+    assert seen.count(nn.Conv2d) == 57 and seen.count(nn.Linear) == 1
+    engine(images(1, 33, 47))
+    assert seen.count(nn.Conv2d) == 57
+
+
+def test_a_new_dtype_of_the_model(model):
+    engine, fixed = freeze(model), freeze(model, torch.float32)
+    x = images(1, 33, 47)
+    engine(x)
+    model.bfloat16()
+    assert engine(x).dtype == torch.bfloat16 and engine.dtype == torch.bfloat16
+    assert fixed(x).dtype == torch.float32
+    model.double()
+    with pytest.raises(ValueError, match=r"dtype: expected .* got torch\.float64"):
+        engine(x)
+    model.float()
+    assert engine(x).dtype == torch.float32
+
+
+def test_nothing_is_read_anew_without_a_change(model, refolds):
+    engine = freeze(model)
+    assert len(refolds) == 1
+    x = images(2, 33, 47)
+    engine(x)
+    model.train()
+    model.eval()
+    model.requires_grad_(False).requires_grad_(True)
+    model.zero_grad()
+    for given in (x, normalised(x), LAYOUTS["nhwc"](x)):
+        engine(given)
+    model(normalised(x)).sum().backward()
+    model.state_dict()
+    copy.deepcopy(model)
+    repr(engine)
+    engine(x)
+    assert len(refolds) == 1
+    halve(model.fc.weight)
+    engine(x)
+    engine(x)
+    assert len(refolds) == 2
+
+
+def test_what_cannot_be_noticed_can_be_told(model):
+    engine = freeze(model)
+    x = normalised(images(2, 33, 47))
+    engine(x)
+    model.conv1.conv.weight.data.mul_(0.5)
+    engine.refresh()
+    assert_as_good_as_the_model(engine, model, x)
+
+
+def test_models_made_in_inference_mode():
+    """Their tensors have no version."""
+    with torch.inference_mode():
+        model = enliven(inception_ext.GoogLeNet(10, aux_logits=False, init_weights=False))
+        engine = freeze(model)
+        x = normalised(images(1, 33, 47))
+        torch.testing.assert_close(engine(x), model(x), rtol=1e-3, atol=1e-3)
+    engine(x)
+    with torch.inference_mode():
+        model.fc = nn.Linear(1024, 4)
+        assert engine(x).shape == (1, 4)
+
+
+# Around it
+
+
+def test_leaves_the_model_as_it_is(model):
+    model.train()
+    model.aux1.eval()
+    model.inception4a.register_forward_hook(lambda *_: None)  # called, and its batch norms with it
+    model.avgpool.register_forward_hook(lambda *_: None)
+    modes = {name: m.training for name, m in model.named_modules()}
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = {k: p.requires_grad for k, p in model.named_parameters()}
+    engine = freeze(model)
+    x = normalised(images(2, 33, 47)).requires_grad_()
+    logits = engine(x)
+    assert not logits.requires_grad and torch.is_grad_enabled()
+    assert {name: m.training for name, m in model.named_modules()} == modes
+    assert {k: p.requires_grad for k, p in model.named_parameters()} == flags
+    after = model.state_dict()
+    assert all(torch.equal(after[k], state[k]) for k in state)
+    assert all(p.grad is None for p in model.parameters())
+    assert_as_good_as_the_model(engine, model, x.detach())
+
+    model.inception4a.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine(x)
+    assert {name: m.training for name, m in model.named_modules()} == modes
+    assert torch.is_grad_enabled()
+
+
+def test_images_stay_as_they_are(models):
+    engine = freeze(models["ours"])
+    for x in (images(1, 33, 47), normalised(images(1, 33, 47))):
+        for arrange in LAYOUTS.values():
+            given = arrange(x)
+            before = given.clone()
+            engine(given)
+            assert torch.equal(given, before)
+
+
+def test_logits_are_not_written_to_again(models):
+    engine = freeze(models["ours"])
+    first = engine(images(2, 33, 47))
+    kept = first.clone()
+    engine(images(2, 33, 47, seed=9))
+    assert torch.equal(first, kept)
+
+
+def test_within_autocast_and_inference_mode(models):
+    engine = freeze(models["ours"])
+    x = images(1, 33, 47)
+    expected = engine(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(engine(x), expected)
+    with torch.inference_mode():
+        assert torch.equal(engine(x), expected)
+
+
+def test_models_with_hooks_within_autocast(model):
+    model.inception4a.register_forward_hook(lambda *_: None)
+    model.fc.register_forward_hook(lambda *_: None)
+    engine = freeze(model)
+    x = images(1, 33, 47)
+    expected = engine(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = engine(x)
+    assert torch.equal(logits, expected)
+
+
+def test_repeats_bit_for_bit(models):
+    x = images(3, 47, 33)
+    engine = freeze(models["ours"])
+    first = engine(x)
+    for _ in range(3):
+        assert torch.equal(engine(x), first)
+    assert torch.equal(freeze(models["ours"])(x), first)
+
+
+@each_dtype
+def test_weights_packed_for_one_shape_fit_all(models, dtype):
+    x = images(2, 64, 64)
+    fresh = freeze(models["ours"], dtype)(x)
+    engine = freeze(models["ours"], dtype)
+    engine(images(1, 15, 15))
+    engine(images(3, 33, 47))
+    torch.testing.assert_close(engine(x), fresh, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_threads(model, hooked):
+    """With a hook, modules in training mode are called, and must not be seen in that mode."""
+    model.train()
+    if hooked:
+        model.inception4a.register_forward_hook(lambda *_: None)
+        model.dropout = nn.Dropout(0.9)
+        model.dropout.register_forward_hook(lambda *_: None)
+    engine = freeze(model)
+    batches = [images(1, 33, 47, seed=i) for i in range(4)]
+    expected = [engine(x) for x in batches]
+    barrier = threading.Barrier(4)
+
+    def work(i: int) -> list[Tensor]:
+        barrier.wait()
+        return [engine(batches[(i + j) % 4]) for j in range(8)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for i, results in enumerate(pool.map(work, range(4))):
+            for j, logits in enumerate(results):
+                assert torch.equal(logits, expected[(i + j) % 4])
+    assert model.training and model.inception4a.branch1.bn.training
+
+
+@each_dtype
+def test_nan_poisons_its_own_image_only(models, dtype):
+    engine = freeze(models["ours"], dtype)
+    x = normalised(images(4, 64, 64))
+    expected = engine(x)
+    x[1, 2, 30, 41] = torch.nan
+    logits = engine(x)
+    assert logits[1].isnan().all()
+    assert torch.equal(logits[[0, 2, 3]], expected[[0, 2, 3]])
+
+
+def test_infinities_and_overflow(models):
+    """What is not finite in the model's logits is not finite in the engine's."""
+    engine = freeze(models["ours"])
+    x = normalised(images(5, 64, 64))
+    x[0, 0, 0, 0], x[1, 0, 0, 0] = torch.inf, -torch.inf
+    x[2] *= 1e38
+    x[3] *= 1e30
+    with torch.no_grad():
+        expected = models["ours"](x)
+    logits = engine(x)
+    assert not expected[:3].isfinite().any() and expected[4].isfinite().all()
+    assert not logits[expected.isfinite().logical_not()].isfinite().any()
+    torch.testing.assert_close(logits[4], expected[4], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["conv1.conv.weight", "inception4a.branch2.1.bn.running_var", "fc.bias"]
+)
+def test_a_model_that_has_diverged(model, name):
+    """NaN among the weights is not hidden by a ReLU."""
+    engine = freeze(model)
+    x = normalised(images(1, 64, 64))
+    assert engine(x).isfinite().all()
+    model.load_state_dict(
+        {name: torch.full_like(model.state_dict()[name], torch.nan)}, strict=False
+    )
+    assert engine(x).isnan().all()
+
+
+def test_relu_is_zero_below_zero(models):
+    """Or as good as: NaN passes through a slope of 1e-30."""
+    engine = freeze(models["ours"])
+    x = engine._load(images(1, 64, 64))
+    y = engine._stem[0](x)
+    with torch.no_grad():
+        expected = models["ours"].conv1(x)
+    assert (expected == 0).any() and (y[expected == 0].abs() < 1e-28).all()
+
+
+# Without the fast parts
+
+
+@each_dtype
+def test_without_onednns_fused_convolution(models, monkeypatch, dtype):
+    model, x = models["ours"], images(2, 33, 47)
+    expected = freeze(model, dtype)(x)
+    monkeypatch.setattr(engine_module, "_has_fused_convolution", lambda x: False)
+    engine = freeze(model, dtype)
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]
+    torch.testing.assert_close(engine(x), expected, rtol=tolerance, atol=tolerance)
+    assert_as_good_as_the_model(engine, model, normalised(x), x)
+
+
+def test_with_onednn_turned_off(models):
+    engine = freeze(models["ours"])
+    x = images(2, 33, 47)
+    expected = engine(x)
+    with torch.backends.mkldnn.flags(enabled=False):
+        logits = engine(x)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@each_dtype
+@pytest.mark.parametrize("kind", ["ours", "torchvision", "bvlc"])
+def test_without_kernels(models, kind, dtype):
+    model = models[kind]
+    for n, h, w, image_dtype, layout in INPUTS[2:8]:
+        x = images(n, h, w)
+        given = LAYOUTS[layout](x if image_dtype == torch.uint8 else normalised(x))
+        with functional.use_kernels(False), CalledOps() as called:
+            engine = freeze(model, dtype)
+            logits = engine(given)
+            if n:
+                assert_as_good_as_the_model(engine, model, normalised(x), given)
+        assert called.names == []
+        assert logits.shape == (n, 10)
+
+
+def test_transform_input_without_kernels(model):
+    model.transform_input = True
+    x = images(2, 33, 47)
+    engine = freeze(model)
+    for given in (x, normalised(x)):
+        with functional.use_kernels(False):
+            assert_as_good_as_the_model(engine, model, normalised(x), given)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "text"),
+    [
+        (torch.zeros(3, 32, 32), ValueError, r"expected 4D input \(got 3D input\)"),
+        (torch.zeros(1, 1, 3, 32, 32), ValueError, r"expected 4D input \(got 5D input\)"),
+        (torch.zeros(2, 4, 32, 32), ValueError, r"images: expected shape .*, got \[2, 4, 32, 32\]"),
+        (torch.zeros(2, 32, 32, 4), ValueError, r"images: expected shape .*, got \[2, 32, 32, 4\]"),
+        (torch.zeros(2, 1, 32, 32), ValueError, r"images: expected shape .*, got \[2, 1, 32, 32\]"),
+        (torch.zeros(2, 3, 32, 32).long(), TypeError, "images: expected .*, got torch.int64"),
+        (torch.zeros(2, 3, 32, 32).bool(), TypeError, "images: expected .*, got torch.bool"),
+        (torch.zeros(2, 3, 32, 32).to(torch.complex64), TypeError, "got torch.complex64"),
+        (torch.zeros(2, 3, 32, 32, device="meta"), RuntimeError, "expected device cpu, got meta"),
+        (torch.zeros(2, 3, 14, 14), RuntimeError, "Output size is too small"),
+        (torch.zeros(2, 3, 0, 32), RuntimeError, ""),
+        (torch.zeros(2, 3, 32, 32).to_sparse(), TypeError, "images: expected .*torch.sparse_coo"),
+        ([[1.0]], TypeError, "images: expected a dense Tensor, got list"),
+        (None, TypeError, "images: expected a dense Tensor, got NoneType"),
+    ],
+    ids=lambda value: None if not isinstance(value, str) else value[:30],
+)
+def test_bad_images(models, images, error, text):
+    engine = freeze(models["ours"])
+    for enabled in (True, False):
+        with functional.use_kernels(enabled), pytest.raises(error, match=text):
+            engine(images)
+    assert engine(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_bad_arguments(models):
+    with pytest.raises(TypeError, match="model: expected a GoogLeNet, got a Linear without conv1"):
+        freeze(nn.Linear(3, 4))
+    with pytest.raises(TypeError, match="model: expected a GoogLeNet, got a str"):
+        freeze("model")
+    with pytest.raises(TypeError, match="got a Inception without conv1"):
+        freeze(Inception(8, 8, 8, 8, 8, 8, 8))
+    model = copy.deepcopy(models["ours"])
+    del model.inception4c
+    with pytest.raises(TypeError, match=r"GoogLeNet without inception4c$"):
+        freeze(model)
+    for dtype in (torch.float64, torch.float16, torch.int32):
+        text = f"dtype: expected torch.float32 or torch.bfloat16 on cpu, got {dtype}"
+        with pytest.raises(ValueError, match=text):
+            freeze(models["ours"], dtype)
+    with pytest.raises(ValueError, match=r"dtype: expected .* got torch\.float64"):
+        freeze(copy.deepcopy(models["ours"]).double())
+    with pytest.raises(ValueError, match="mean and std: expected 3 values each, got 2 and 3"):
+        freeze(models["ours"], mean=(0.5, 0.5))
+    with pytest.raises(ValueError, match="mean and std: expected 3 values each, got 3 and 4"):
+        freeze(models["ours"], std=(0.5,) * 4)
+    with pytest.raises(ValueError, match=r"std: expected values above 0, got .*0\.0"):
+        freeze(models["ours"], std=(0.5, 0.5, 0.0))
+
+
+def test_a_compiled_and_a_wrapped_model(models):
+    """What wraps a model passes its children on."""
+    x = images(1, 33, 47)
+    expected = freeze(models["ours"])(x)
+    assert torch.equal(freeze(torch.compile(models["ours"]))(x), expected)
