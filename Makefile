@@ -6,6 +6,7 @@
 #   PYTHON=python3.12                the interpreter behind .venv
 #   TORCH_CUDA_ARCH_LIST="8.0 9.0a"  the GPU architectures
 #   INCEPTION_EXT_CUDA=0             no CUDA kernels
+#   INCEPTION_EXT_EMULATOR=0         no emulator of the CUDA kernels, and so not its tests
 #   TESTS="-k max_pool"              arguments of pytest
 
 SHELL = /bin/bash
@@ -16,6 +17,7 @@ PYTHON ?= python3
 TESTS ?=
 VENV ?= .venv
 export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0a
+INCEPTION_EXT_EMULATOR ?= auto
 
 # torchvision 0.28 belongs to torch 2.13, and so on.
 TORCHVISION = 0.$(shell expr $(word 2,$(subst ., ,$(TORCH))) + 15).*
@@ -48,7 +50,7 @@ $(VENV)/.torch-$(TORCH):
 
 $(VENV)/.built: $(VENV)/.torch-$(TORCH) pyproject.toml $(SOURCES)
 	@mkdir -p build
-	@$(PIP) --verbose --no-build-isolation --editable ".[demo,test]" 2>&1 | tee build/install.log \
+	@INCEPTION_EXT_EMULATOR=$(INCEPTION_EXT_EMULATOR) $(PIP) --verbose --no-build-isolation --editable ".[demo,test]" 2>&1 | tee build/install.log \
 	  | { grep -E "^ *(inception_ext:|\[[0-9]+/[0-9]+\])" || true; } \
 	  || { grep -vE "^ *(adding|copying|creating|running|writing)" build/install.log | tail -n 60; exit 1; }
 	@INCEPTION_EXT_REQUIRE=1 $(BIN)/python -c "import inception_ext"

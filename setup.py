@@ -6,6 +6,9 @@ Environment:
     CUDA_HOME             the CUDA toolkit; default: the one whose nvcc is on PATH.
     TORCH_CUDA_ARCH_LIST  for example "8.0;9.0a+PTX"; default: all that this nvcc supports out of
                           DEFAULT_ARCHITECTURES, plus PTX for the newest.
+    INCEPTION_EXT_EMULATOR  1: also build `inception_ext._emulator`, which runs the CUDA kernels on
+                          the CPU for tests; auto: where the CUDA headers are found;
+                          0 (default): do not.
     MAX_JOBS              compilers at once; default: as cores and free memory allow.
     CXX, CXXFLAGS         the C++ compiler and flags added to its command line.
 
@@ -34,6 +37,8 @@ ARCHITECTURE_NAMES = {
 }
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11: the oldest libtorch that the file loads beside
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+EMULATOR = "inception_ext._emulator"
+KERNELS_FOLDER = ROOT / "build" / "ninja"
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2"]
 
 
@@ -143,106 +148,190 @@ def ninja_quote(text: object) -> str:
     return re.sub(r"([$ :])", r"$\1", str(text))
 
 
+def cuda_headers() -> "Path | None":
+    """The folder of cuda_runtime_api.h and cuda_fp16.h: that of an nvcc, or of a wheel."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    nvcc = shutil.which("nvcc") or shutil.which(str(Path(home) / "bin" / "nvcc"))
+    folders = [Path(home) / "include", *([Cuda(Path(nvcc)).home / "include"] if nvcc else [])]
+    for entry in sys.path:
+        folders += sorted(Path(entry).glob("nvidia/*/include"))
+    names = ("cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h")
+    return next((f for f in folders if all((f / name).is_file() for name in names)), None)
+
+
+def has_x86_64_v3() -> bool:
+    """Whether this processor runs AVX2, FMA and F16C code."""
+    info = Path("/proc/cpuinfo")
+    words = set(info.read_text().split()) if info.exists() else set()
+    return {"avx2", "fma", "f16c", "bmi2", "movbe"} <= words
+
+
+class NinjaFile:
+    """Sources to objects to one shared library that exports its module's entry point alone."""
+
+    def __init__(self, folder: Path, module: str) -> None:
+        self.folder = folder  # kept: a second build compiles only what changed
+        folder.mkdir(parents=True, exist_ok=True)
+        self.exports = folder / "exports.map"
+        self.exports.write_text(f"{{ global: PyInit_{module}; local: *; }};\n")
+        self.cxx = os.environ.get("CXX", "c++")
+        self.lines = ["ninja_required_version = 1.5"]
+        self.objects: list[str] = []
+
+    def rule(self, name: str, compiler: object, flags: "list[str]") -> None:
+        self.lines += [
+            f"rule {name}",
+            f"  command = {compiler} -MMD -MF $out.d {' '.join(flags)} -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            f"  description = {name} $in",
+        ]
+
+    def object_of(self, source: Path) -> Path:
+        return self.folder / source.relative_to(ROOT).with_suffix(source.suffix + ".o")
+
+    def compile(self, rule: str, source: Path) -> None:
+        target = ninja_quote(self.object_of(source))
+        self.lines.append(f"build {target}: {rule} {ninja_quote(source)}")
+        self.objects.append(target)
+
+    def link(self, name: str, libraries: "list[str]", jobs: int, verbose: bool) -> Path:
+        """Runs ninja; the library."""
+        flags = f"-shared -Wl,--version-script={self.exports}"
+        library = self.folder / name
+        self.lines += [
+            "rule link",
+            f"  command = {self.cxx} {flags} $in -o $out {' '.join(libraries)}",
+            "  description = link $out",
+            f"build {ninja_quote(library)}: link {' '.join(self.objects)}",
+            "",
+        ]
+        (self.folder / "build.ninja").write_text("\n".join(self.lines))
+        command = [sys.executable, "-m", "ninja", "-C", str(self.folder), "-j", str(jobs)]
+        if subprocess.run([*command, *(["-v"] if verbose else [])]).returncode:
+            raise BuildError("the compiler failed; its message stands above")
+        return library
+
+
 class NinjaBuild(build_ext):
     """Compiles .cpp with the C++ compiler, .cu with nvcc and links them, all through ninja."""
 
     def build_extension(self, ext: Extension) -> None:
         import torch
 
-        torch_root = Path(torch.__file__).parent
-        cuda = Cuda.find()
-        architectures = cuda.architectures() if cuda else []
-        sources = [ROOT / s for s in ext.sources if cuda or not s.endswith(".cu")]
+        self.torch = Path(torch.__file__).parent
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = ROOT / "build" / "ninja"  # kept: a second build compiles only what changed
-        build_dir.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         jobs = int(os.environ.get("MAX_JOBS") or default_jobs())
+        build = self.emulator if ext.name == EMULATOR else self.kernels
+        file, libraries, summary = build(ext, torch.__version__)
         print(
-            f"inception_ext: torch {torch.__version__}, "
-            + (f"CUDA {cuda.version} for {' '.join(architectures)}" if cuda else "no CUDA kernels")
-            + f", {len(sources)} sources, {jobs} jobs -> {output.name}",
+            f"inception_ext: torch {torch.__version__}, {summary}, {len(file.objects)} sources, "
+            f"{jobs} jobs -> {output.name}",
             flush=True,
         )
+        shutil.copyfile(file.link(output.name, libraries, jobs, self.verbose > 1), output)
 
+    def cxx_flags(self, defines: "list[str]", includes: "list[Path]") -> "list[str]":
         from sysconfig import get_paths
 
-        includes = [
+        system = [self.torch / "include", Path(get_paths()["include"]), *includes]
+        return [
+            *CXX_FLAGS,
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+            *defines,
             f"-I{ROOT / 'csrc'}",
-            f"-isystem {torch_root / 'include'}",
-            f"-isystem {get_paths()['include']}",
+            *(f"-isystem {folder}" for folder in system),
+            os.environ.get("CXXFLAGS", ""),
         ]
+
+    def torch_libraries(self) -> "list[str]":
+        return [f"-L{self.torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+
+    def kernels(self, ext: Extension, torch: str) -> "tuple[NinjaFile, list[str], str]":
+        """_C: the ops for tensors of the CPU and, with nvcc, of CUDA."""
+        cuda = Cuda.find()
+        architectures = cuda.architectures() if cuda else []
         defines = [
             "-DPy_LIMITED_API=0x030a0000",
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
             define("INCEPTION_EXT_VERSION", self.distribution.get_version()),
-            define("INCEPTION_EXT_TORCH_VERSION", torch.__version__),
+            define("INCEPTION_EXT_TORCH_VERSION", torch),
         ]
-        exports = build_dir / "exports.map"  # all but the module's entry point stays inside
-        exports.write_text("{ global: PyInit__C; local: *; };\n")
-        link_flags = ["-shared", f"-Wl,--version-script={exports}"]
-        libraries = [f"-L{torch_root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+        libraries = self.torch_libraries()
         if cuda:
             defines += [
                 define("INCEPTION_EXT_CUDA_VERSION", cuda.version),
                 define("INCEPTION_EXT_ARCHITECTURES", ",".join(cuda.targets(architectures))),
             ]
-            includes.append(f"-isystem {cuda.home / 'include'}")
-            library_dir = cuda.home / "lib64"
-            libraries += [f"-L{library_dir}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        cxx_flags = [*CXX_FLAGS, *defines, *includes, os.environ.get("CXXFLAGS", "")]
-        nvcc_flags = [*NVCC_FLAGS, f"-I{ROOT / 'csrc'}"]
-        nvcc_flags += Cuda.gencode(architectures) if cuda else []
+            libraries += [f"-L{cuda.home / 'lib64'}", "-lcudart_static", "-ldl -lrt -lpthread"]
+        file = NinjaFile(KERNELS_FOLDER, "_C")
+        file.rule("cxx", file.cxx, self.cxx_flags(defines, [cuda.home / "include"] if cuda else []))
+        if cuda:
+            flags = [*NVCC_FLAGS, f"-I{ROOT / 'csrc'}", *Cuda.gencode(architectures)]
+            file.rule("nvcc", cuda.nvcc, flags)
+        for source in map(Path, ext.sources):
+            if source.suffix == ".cpp":
+                file.compile("cxx", ROOT / source)
+            elif cuda:
+                file.compile("nvcc", ROOT / source)
+        summary = (
+            f"CUDA {cuda.version} for {' '.join(architectures)}" if cuda else "no CUDA kernels"
+        )
+        return file, libraries, summary
 
-        lines = [
-            "ninja_required_version = 1.5",
-            f"cxx = {os.environ.get('CXX', 'c++')}",
-            f"nvcc = {cuda.nvcc if cuda else ''}",
-            "rule cxx",
-            f"  command = $cxx -MMD -MF $out.d {' '.join(cxx_flags)} -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = C++  $in",
-            "rule nvcc",
-            f"  command = $nvcc -MMD -MF $out.d {' '.join(nvcc_flags)} -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = nvcc $in",
-            "rule link",
-            f"  command = $cxx {' '.join(link_flags)} $in -o $out {' '.join(libraries)}",
-            "  description = link $out",
-        ]
-        objects = []
-        for source in sources:
-            obj = build_dir / source.relative_to(ROOT).with_suffix(source.suffix + ".o")
-            rule = "nvcc" if source.suffix == ".cu" else "cxx"
-            lines.append(f"build {ninja_quote(obj)}: {rule} {ninja_quote(source)}")
-            objects.append(ninja_quote(obj))
-        library = build_dir / output.name
-        lines.append(f"build {ninja_quote(library)}: link {' '.join(objects)}\n")
-        (build_dir / "build.ninja").write_text("\n".join(lines))
+    def emulator(self, ext: Extension, torch: str) -> "tuple[NinjaFile, list[str], str]":
+        """_emulator: the CUDA kernels and their glue once more, by the C++ compiler."""
+        import pybind11
 
-        command = [sys.executable, "-m", "ninja", "-C", str(build_dir), "-j", str(jobs)]
-        if self.verbose > 1:
-            command.append("-v")
-        if subprocess.run(command).returncode:
-            raise BuildError("the compiler failed; its message stands above")
-        shutil.copyfile(library, output)
+        headers = cuda_headers()
+        if headers is None:
+            raise BuildError("INCEPTION_EXT_EMULATOR=1, but no cuda_fp16.h in CUDA_HOME or a wheel")
+        defines = ["-DINCEPTION_EXT_EMULATE", define("INCEPTION_EXT_CUDA_VERSION", "emulated")]
+        defines += ["-Wno-unknown-pragmas", *(["-march=x86-64-v3"] if has_x86_64_v3() else [])]
+        file = NinjaFile(ROOT / "build" / "ninja-emulator", "_emulator")
+        file.rule(
+            "cxx",
+            f"{file.cxx} -x c++",
+            self.cxx_flags(defines, [headers, Path(pybind11.get_include())]),
+        )
+        for source in ext.sources:
+            file.compile("cxx", ROOT / source)
+        for source in sources("cpu"):  # as _C has them: it was built before
+            file.objects.append(ninja_quote(KERNELS_FOLDER / f"{source}.o"))
+        return file, [*self.torch_libraries(), "-ldl -lpthread"], "emulator"
 
 
-def sources() -> "list[str]":
-    """Every kernel and glue file, relative to the root, in a fixed order."""
+def sources(*folders: str) -> "list[str]":
+    """The C++ and CUDA sources in folders of csrc, relative to the root, in a fixed order."""
     found = [
         path.relative_to(ROOT).as_posix()
-        for folder in ("torch", "cpu", "kernels")
+        for folder in folders
         for path in (ROOT / "csrc" / folder).rglob("*")
         if path.suffix in (".cpp", ".cu")
     ]
     return sorted(found)
 
 
+def emulated_sources() -> "list[str]":
+    """The emulator, the kernels, and the glue that launches kernels."""
+    glue = ["csrc/torch/library.cpp"]
+    for source in sources("torch"):
+        if '#include "torch/cuda_launch.h"' in (ROOT / source).read_text():
+            glue.append(source)
+    return [*glue, *sources("emulator", "kernels")]
+
+
+extensions = [
+    Extension("inception_ext._C", sources("torch", "cpu", "kernels"), py_limited_api=True)
+]
+emulate = os.environ.get("INCEPTION_EXT_EMULATOR", "0")
+if emulate not in ("auto", "0", "1"):
+    raise BuildError(f"INCEPTION_EXT_EMULATOR: expected auto, 0 or 1, got {emulate!r}")
+if emulate == "1" or (emulate == "auto" and cuda_headers()):
+    extensions.append(Extension(EMULATOR, emulated_sources()))
+
 setup(
-    ext_modules=[Extension("inception_ext._C", sources(), py_limited_api=True)],
+    ext_modules=extensions,
     cmdclass={"build_ext": NinjaBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

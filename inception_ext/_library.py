@@ -36,6 +36,30 @@ except ImportError as error:
     warnings.warn(_message, RuntimeWarning, stacklevel=2)
 
 
+# Whether the CUDA kernels run on the emulator, in the place of the CPU's: see testing.emulated.
+_emulated = False
+
+
+def set_emulated(emulated: bool) -> bool:
+    """Turns emulation on or off for the whole process; what it was before."""
+    global _emulated
+    before = _emulated
+    _emulated = emulated
+    return before
+
+
+def device_type(x: Tensor) -> str:
+    """The device whose kernels serve ``x``: ``"cuda"`` for a CPU tensor under emulation."""
+    return "cuda" if _emulated and x.device.type == "cpu" else x.device.type
+
+
+def ops(x: Tensor) -> Any:
+    """The namespace of the ops that serve ``x``."""
+    if _emulated and x.device.type == "cpu":
+        return torch.ops.inception_ext_emulated
+    return torch.ops.inception_ext
+
+
 def is_available() -> bool:
     """Whether the compiled ops are loaded."""
     return _C is not None
@@ -289,9 +313,9 @@ def _inception_backward_flop(
     )
 
 
-if _C is not None:
-    _ops = torch.ops.inception_ext
-    for _name, _fake in (
+def register(namespace: str) -> None:
+    """Tells torch the fake kernels and the flop formulas of one namespace of the ops."""
+    for name, fake in (
         ("max_pool_forward", _max_pool_forward_fake),
         ("max_pool_backward", _max_pool_backward_fake),
         ("batch_norm_relu_forward", _batch_norm_relu_forward_fake),
@@ -301,6 +325,11 @@ if _C is not None:
         ("image_to_nhwc", _image_to_nhwc_fake),
         ("copy_channels", _copy_channels_fake),
     ):
-        torch.library.register_fake(f"inception_ext::{_name}", _fake)
-    register_flop_formula(_ops.inception_forward)(_inception_flop)
-    register_flop_formula(_ops.inception_backward)(_inception_backward_flop)
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+    ops = getattr(torch.ops, namespace)
+    register_flop_formula(ops.inception_forward)(_inception_flop)
+    register_flop_formula(ops.inception_backward)(_inception_backward_flop)
+
+
+if _C is not None:
+    register("inception_ext")

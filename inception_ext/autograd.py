@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inception_ext import reference
+from inception_ext import _library, reference
 
 __all__ = ["BatchNormRelu", "Inception", "MaxPool"]
 
@@ -45,7 +45,7 @@ class MaxPool(torch.autograd.Function):
         padding: list[int],
         ceil_mode: bool,
     ) -> Tensor:
-        y, argmax = torch.ops.inception_ext.max_pool_forward(
+        y, argmax = _library.ops(x).max_pool_forward(
             x, kernel_size, stride, padding, ceil_mode, True
         )
         ctx.save_for_backward(argmax)
@@ -59,9 +59,7 @@ class MaxPool(torch.autograd.Function):
         if _second_order():
             dx = _scatter_to_windows(grad, argmax, ctx.input_size, *ctx.window)
         else:
-            dx = torch.ops.inception_ext.max_pool_backward(
-                grad, argmax, ctx.input_size, *ctx.window
-            )
+            dx = _library.ops(grad).max_pool_backward(grad, argmax, ctx.input_size, *ctx.window)
         return dx, None, None, None, None
 
 

@@ -69,8 +69,8 @@ def why_reference(x: Tensor) -> str | None:
         return "forward-mode differentiation is active"
     if x.dim() != 4:
         return f"input is {x.dim()}-D, not 4-D"
-    if x.device.type != "cpu":
-        return f"no kernel for device {x.device.type}"
+    if _library.device_type(x) != "cpu":
+        return f"no kernel for device {_library.device_type(x)}"
     if x.dtype not in _CPU_DTYPES:
         return f"no kernel for dtype {x.dtype} on cpu"
     if x.layout != torch.strided:
@@ -143,7 +143,7 @@ def max_pool(
         return reference.max_pool(x, kernel_size, stride, padding, ceil_mode)  # type: ignore[arg-type]
     if _needs_grad(x):
         return autograd.MaxPool.apply(x, *window, ceil_mode)
-    return torch.ops.inception_ext.max_pool_forward(x, *window, ceil_mode, False)[0]
+    return _library.ops(x).max_pool_forward(x, *window, ceil_mode, False)[0]
 
 
 def why_pool_reference(
@@ -157,7 +157,7 @@ def why_pool_reference(
     if reason == "no kernel for device cuda":
         if x.dtype not in _CUDA_POOL_DTYPES:
             return f"no kernel for dtype {x.dtype} on cuda"
-        if (reason := _why_not_on(x.device)) is not None:
+        if x.is_cuda and (reason := _why_not_on(x.device)) is not None:
             return reason
         if not (set(kernel) <= {2, 3} and set(step) <= {1, 2}):
             return "no CUDA kernel for this window"

@@ -1,19 +1,14 @@
-"""The host build of the max pool kernels (tests/cpp/max_pool_host.cpp) through ctypes."""
+"""The emulated max pool kernels (tests/cpp/max_pool_host.cpp) through ctypes."""
 
 import ctypes
-import os
-import shutil
-import subprocess
 from ctypes import POINTER, byref, c_bool, c_char_p, c_int, c_int32, c_int64, c_uint32, c_void_p
 from pathlib import Path
 
 import torch
-from cuda_toolkit import find_headers
+from emulator_build import build_library
 from max_pool_cases import Pool
 
 SOURCE = Path(__file__).parent / "cpp" / "max_pool_host.cpp"
-HEADERS = find_headers()
-COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
 SUCCESS, INVALID_VALUE, BAD_ACCESS = 0, 1, -1
 DTYPE_CODE = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -50,14 +45,8 @@ class Region(ctypes.Structure):
     _fields_ = [("begin", c_void_p), ("end", c_void_p)]
 
 
-def build_library(folder: Path) -> ctypes.CDLL:
-    path = folder / "libmax_pool_host.so"
-    flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags += ["-shared", "-fPIC", "-DINCEPTION_EXT_EMULATE", "-isystem", str(HEADERS)]
-    command = [COMPILER, *flags, SOURCE, "-o", path]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    lib = ctypes.CDLL(str(path))
+def load_library() -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(build_library("max_pool_host", SOURCE)))
     for function, params in ((lib.forward, ForwardParams), (lib.backward, BackwardParams)):
         function.argtypes = [POINTER(params), POINTER(Region), c_int, c_uint32]
     for function in (lib.launches, lib.grid_x, lib.forward_params_size, lib.backward_params_size):

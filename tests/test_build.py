@@ -34,7 +34,12 @@ def run(*command: object, env: dict[str, str] | None = None, cwd: Path | None = 
     """Runs a command; its output, or a failure that shows it."""
     done = subprocess.run(
         [str(part) for part in command],
-        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **(env or {})},
+        env={
+            **os.environ,
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "INCEPTION_EXT_EMULATOR": "0",
+            **(env or {}),
+        },
         cwd=cwd,
         text=True,
         stdout=subprocess.PIPE,
@@ -103,6 +108,7 @@ def test_sdist_to_wheel_to_import(sources: Path, tmp_path: Path) -> None:
         names = set(archive.namelist())
     assert {"inception_ext/_C.abi3.so", "inception_ext/py.typed"} <= names
     assert any(name.startswith("inception_ext/data/") for name in names)
+    assert not any("_emulator" in name for name in names)  # it is for tests
     target = tmp_path / "site"
     pip("install", "--no-deps", "--target", target, wheel)
     has_nvcc = needs_nvcc.args[0] is False
@@ -134,6 +140,10 @@ def test_default_architectures_follow_nvcc(sources: Path) -> None:
             "INCEPTION_EXT_CUDA=1, but no nvcc in CUDA_HOME=/nowhere",
         ),
         ({"INCEPTION_EXT_CUDA": "yes"}, "INCEPTION_EXT_CUDA: expected auto, 0 or 1, got 'yes'"),
+        (
+            {"INCEPTION_EXT_EMULATOR": "yes"},
+            "INCEPTION_EXT_EMULATOR: expected auto, 0 or 1, got 'yes'",
+        ),
         pytest.param(
             {"TORCH_CUDA_ARCH_LIST": "8.0;native", "INCEPTION_EXT_CUDA": "auto"},
             "expected entries like 8.0, 9.0a or 12.0+PTX, got 'native'",

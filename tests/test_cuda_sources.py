@@ -45,11 +45,14 @@ def test_the_rule_sees_every_spelling(tmp_path):
 
 
 def test_only_the_glue_includes_torch_or_python():
-    found = {
-        relative(path): names
-        for path in SOURCES
-        if relative(path).split("/")[0] != "torch" and (names := includes_a_framework(path))
-    }
+    """And the emulator's controls, which are a Python module, pybind11."""
+    found = {}
+    for path in SOURCES:
+        folder, names = relative(path).split("/")[0], includes_a_framework(path)
+        if folder == "emulator":
+            names = [name for name in names if not name.startswith("pybind11/")]
+        if folder != "torch" and names:
+            found[relative(path)] = names
     assert not found
 
 
@@ -81,12 +84,22 @@ def test_kernels_start_through_the_launch_helper():
             assert "cudaLaunchKernel" not in text, relative(path)
 
 
-def test_emulator_enters_at_one_place():
-    """INCEPTION_EXT_EMULATE decides on the platform and the launch; kernels do not ask for it."""
-    seam = {"kernels/device/platform.cuh", "kernels/launch.h"}
+def test_emulator_enters_through_the_wrappers():
+    """INCEPTION_EXT_EMULATE decides in the wrappers and the launch; kernels do not ask for it."""
     asking = re.compile(r"^\s*#\s*(if|ifdef|ifndef|elif).*INCEPTION_EXT_EMULATE", re.MULTILINE)
     kernels = [path for path in SOURCES if relative(path).startswith("kernels/")]
-    assert {relative(path) for path in kernels if asking.search(path.read_text())} == seam
+    found = {relative(path) for path in kernels if asking.search(path.read_text())}
+    wrappers = {relative(path) for path in kernels if relative(path).startswith("kernels/device/")}
+    assert found <= wrappers | {"kernels/launch.h"}
+    assert {"kernels/device/platform.cuh", "kernels/launch.h"} <= found
+
+
+def test_kernels_reach_memory_through_the_wrappers():
+    """PTX stands in the wrappers only, and nobody declares shared memory past them."""
+    for path in SOURCES:
+        if relative(path).startswith("kernels/") and "/device/" not in relative(path):
+            found = re.search(r"\b(asm|__shared__)\b", path.read_text())
+            assert not found, f"{relative(path)}: {found}"
 
 
 def ptxas_report(source: Path, architecture: str, folder: Path) -> dict[str, dict[str, int]]:

@@ -1,13 +1,14 @@
-"""The CUDA max pool kernels, compiled by the host compiler and run on the CPU.
+"""The CUDA max pool kernels on the emulator.
 
-The source is the one nvcc compiles; threads and blocks run one after another in a seeded random
-order, and every access is checked against the tensors of the launch.
+The source is the one nvcc compiles; threads and blocks take turns in a seeded random order, and
+every access is checked against the tensors of the launch.
 """
 
 from ctypes import CDLL, byref
 
 import pytest
 import torch
+from emulator_build import COMPILER, HEADERS
 from max_pool_cases import (
     DTYPES,
     LAYOUTS,
@@ -22,15 +23,13 @@ from max_pool_cases import (
 )
 from max_pool_host import (
     BAD_ACCESS,
-    COMPILER,
-    HEADERS,
     INVALID_VALUE,
     SIZES,
     SUCCESS,
     backward_params,
-    build_library,
     change,
     forward_params,
+    load_library,
     regions_of,
     run_backward,
     run_forward,
@@ -43,8 +42,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory) -> CDLL:
-    return build_library(tmp_path_factory.mktemp("max_pool"))
+def library() -> CDLL:
+    return load_library()
 
 
 class Guarded:

@@ -6,8 +6,12 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "device/platform.cuh"
+#ifdef INCEPTION_EXT_EMULATE
+#include "../emulator/launch.h"
+#endif
 
 namespace inception_ext::kernels {
 
@@ -15,6 +19,7 @@ namespace inception_ext::kernels {
 
 using emulator::launch;
 using emulator::launch_dependent;
+using emulator::note_useful_macs;
 
 #else
 
@@ -59,6 +64,10 @@ cudaError_t launch(bool dependent, void (*kernel)(Params...), dim3 grid, dim3 bl
 }
 
 }  // namespace detail
+
+// Multiply-accumulates that the result of the next launch needs; the emulator sets them against
+// those that the kernel issues.
+inline void note_useful_macs(int64_t /*macs*/) {}
 
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,

@@ -24,6 +24,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "device/global.cuh"
 #include "device/types.cuh"
 #include "launch.h"
 #include "max_pool.h"
@@ -82,7 +83,7 @@ template <int kVec, bool kArgmax, typename T>
 __device__ __forceinline__ Best<kVec> reduce_row(const T* x, const Columns& columns) {
   Vector<T, kVec> pixel[kMaxKernelW];
 #pragma unroll
-  for (int j = 0; j < kMaxKernelW; ++j) pixel[j] = load_vector<kVec>(x + columns.offset[j]);
+  for (int j = 0; j < kMaxKernelW; ++j) pixel[j] = load_global<kVec>(x + columns.offset[j]);
   Best<kVec> best;
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
@@ -146,9 +147,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
           maximum.data[i] = from_float<T>(best);
           index.data[i] = static_cast<uint8_t>(best_index);
         }
-        store_vector(y + oh * p.y_stride.h, maximum);
+        store_global(y + oh * p.y_stride.h, maximum);
         if (kArgmax) {
-          store_vector(p.argmax + argmax_offset + oh * p.output_w * p.channels, index);
+          store_global(p.argmax + argmax_offset + oh * p.output_w * p.channels, index);
         }
 #pragma unroll
         for (int kh = 0; kh < kShared; ++kh) row[kh] = row[kh + kStrideH];
@@ -207,10 +208,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
             grad[j] = {};
             index[j] = {};
             if (kw[j] < 0) continue;
-            grad[j] = load_vector<kVec>(grad_y + grad_y_offset + t * p.grad_y_stride.h +
+            grad[j] = load_global<kVec>(grad_y + grad_y_offset + t * p.grad_y_stride.h +
                                         j * p.grad_y_stride.w);
             index[j] =
-                load_vector<kVec>(p.argmax + argmax_offset + (t * p.output_w + j) * p.channels);
+                load_global<kVec>(p.argmax + argmax_offset + (t * p.output_w + j) * p.channels);
           }
 #pragma unroll
           for (int j = 0; j < kMaxKernelW; ++j) {
@@ -230,13 +231,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
           if (t < begin || h < 0 || h >= input_h) continue;
           T* pointer = grad_x + h * p.grad_x_stride.h;
           Vector<T, kVec> result;
-          if (p.accumulate) result = load_vector<kVec>(pointer);
+          if (p.accumulate) result = load_global<kVec>(pointer);
 #pragma unroll
           for (int i = 0; i < kVec; ++i) {
             const float old = p.accumulate ? to_float(result.data[i]) : 0.0f;
             result.data[i] = from_float<T>(old + sum[s][i]);
           }
-          store_vector(pointer, result);
+          store_global(pointer, result);
         }
 #pragma unroll
         for (int kh = 0; kh < kKernelH; ++kh) {

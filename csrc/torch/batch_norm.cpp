@@ -4,6 +4,7 @@
 
 #include "cpu/batch_norm.h"
 #include "torch/cpu_kernels.h"
+#include "torch/library.h"
 #include "torch/stable.h"
 
 namespace inception_ext {
@@ -209,7 +210,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(Tensor grad, Tensor 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(inception_ext, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(INCEPTION_EXT_OPS, CPU, m) {
   m.impl("batch_norm_relu_forward", TORCH_BOX(&batch_norm_relu_forward));
   m.impl("batch_norm_relu_backward", TORCH_BOX(&batch_norm_relu_backward));
 }

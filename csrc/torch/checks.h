@@ -15,6 +15,15 @@ namespace inception_ext {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Whether the CUDA kernels serve a tensor; on the emulator they serve those of the CPU.
+inline bool on_cuda(const Tensor& tensor) {
+#ifdef INCEPTION_EXT_EMULATE
+  return tensor.is_cpu();
+#else
+  return tensor.is_cuda();
+#endif
+}
+
 inline const char* dtype_name(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float:
@@ -70,7 +79,7 @@ struct Argument {
   const Tensor& tensor;
 
   const Argument& is_dense_of(bool cuda) const {
-    const bool matches = cuda ? tensor.is_cuda() : tensor.is_cpu();
+    const bool matches = cuda ? on_cuda(tensor) : tensor.is_cpu();
     if (!matches) {
       fail(op, name, "expected a ", cuda ? "CUDA" : "CPU", " tensor, got one on another device");
     }

@@ -1,45 +1,78 @@
-// The device guard, the stream and the error check around every CUDA launch.
+// What stands around every CUDA launch: the device guard, the stream, the error check; on the
+// emulator the tensors that the kernels are held to.
 #pragma once
 
 #include <cuda_runtime_api.h>
+
+#include <initializer_list>
+
+#include "emulator/use.h"
+#include "torch/checks.h"
+
+#ifdef INCEPTION_EXT_EMULATE
+
+#include <vector>
+
+#include "emulator/global_memory.h"
+
+#else
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-#include "torch/checks.h"
 #include "torch/stable.h"
 
 // Only a CUDA torch has this symbol; weak, so that the same file loads beside a CPU-only torch.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
+#endif
+
 namespace inception_ext {
 
-// The device of one op's tensors made current, and its current stream.
-class CudaLaunch {
- public:
-  CudaLaunch(const char* op, const Tensor& tensor) : op_(op), guard_(tensor.get_device_index()) {
-    if (!aoti_torch_get_current_cuda_stream) {
-      fail(op, "device", "expected a torch with CUDA, got one without");
-    }
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-
-  cudaStream_t stream() const { return stream_; }
-
-  void check(cudaError_t error) const {
-    if (error == cudaSuccess) return;
-    fail(op_, "launch", cudaGetErrorName(error), ": ", cudaGetErrorString(error),
-         error == cudaErrorNoKernelImageForDevice
-             ? " (the binary has no code for this device: see python -m inception_ext info)"
-             : "");
-  }
-
- private:
-  const char* op_;
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_;
+// A tensor that an op's kernels get, all of it that they may touch.
+struct Operand {
+  const char* name;
+  const Tensor& tensor;
+  Use use;
 };
+
+// Calls launch(stream), which starts kernels and returns a cudaError_t, with the device of the
+// first operand current. The operands are every tensor that the kernels touch; the emulator reports
+// an access to anything else and, once launch has returned, what Use::kWrite promised and nobody
+// wrote.
+template <typename Launch>
+void launch_kernels(const char* op, std::initializer_list<Operand> operands, const Launch& launch) {
+#ifdef INCEPTION_EXT_EMULATE
+  std::vector<emulator::Operand> declared;
+  for (const auto& [name, tensor, use] : operands) {
+    const auto sizes = tensor.sizes();
+    const auto strides = tensor.strides();
+    declared.push_back({name,
+                        use,
+                        tensor.data_ptr(),
+                        static_cast<int64_t>(tensor.element_size()),
+                        {sizes.begin(), sizes.end()},
+                        {strides.begin(), strides.end()}});
+  }
+  const emulator::Scope scope(op, declared);
+  const cudaError_t error = launch(cudaStream_t{nullptr});
+  if (error != cudaSuccess) fail(op, "launch", "cudaError_t ", static_cast<int>(error));
+  scope.check_complete();
+#else
+  const int32_t device = operands.begin()->tensor.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  if (!aoti_torch_get_current_cuda_stream) {
+    fail(op, "device", "expected a torch with CUDA, got one without");
+  }
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const cudaError_t error = launch(static_cast<cudaStream_t>(stream));
+  if (error == cudaSuccess) return;
+  fail(op, "launch", cudaGetErrorName(error), ": ", cudaGetErrorString(error),
+       error == cudaErrorNoKernelImageForDevice
+           ? " (the binary has no code for this device: see python -m inception_ext info)"
+           : "");
+#endif
+}
 
 }  // namespace inception_ext

@@ -5,6 +5,7 @@
 
 #include "cpu/copy_channels.h"
 #include "torch/cpu_kernels.h"
+#include "torch/library.h"
 #include "torch/nhwc.h"
 #include "torch/stable.h"
 
@@ -78,7 +79,7 @@ void copy_channels(Tensor y, Tensor x, int64_t offset) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(inception_ext, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(INCEPTION_EXT_OPS, CPU, m) {
   m.impl("image_to_nhwc", TORCH_BOX(&image_to_nhwc));
   m.impl("copy_channels", TORCH_BOX(&copy_channels));
 }

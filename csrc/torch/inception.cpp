@@ -17,6 +17,7 @@
 #include "torch/batch_norm.h"
 #include "torch/convolution.h"
 #include "torch/cpu_kernels.h"
+#include "torch/library.h"
 #include "torch/max_pool.h"
 #include "torch/nhwc.h"
 #include "torch/stable.h"
@@ -387,7 +388,7 @@ BackwardResult inception_backward(Tensor grad, Tensor x, std::vector<Tensor> con
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(inception_ext, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(INCEPTION_EXT_OPS, CPU, m) {
   m.impl("inception_forward", TORCH_BOX(&inception_forward));
   m.impl("inception_backward", TORCH_BOX(&inception_backward));
 }

@@ -1,8 +1,8 @@
 // Every op's schema on one screen. The implementations register themselves in their own files.
 // Tensor(a!) marks what an op writes to. All images are [N, C, H, W], channels_last inside.
-#include "torch/stable.h"
+#include "torch/library.h"
 
-STABLE_TORCH_LIBRARY(inception_ext, m) {
+STABLE_TORCH_LIBRARY(INCEPTION_EXT_OPS, m) {
   // -> y, argmax: uint8 window index [N, C, OH, OW], or [0] without_argmax
   m.def(
       "max_pool_forward(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, "

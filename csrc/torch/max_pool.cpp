@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "torch/cpu_kernels.h"
+#include "torch/library.h"
 #ifdef INCEPTION_EXT_CUDA_VERSION
 #include "kernels/max_pool.h"
 #include "torch/cuda_launch.h"
@@ -107,7 +108,7 @@ void check_window(const char* op, const Pair& kernel, const Pair& stride, const 
 
 // A device that this file has kernels for, and a dtype that they take.
 void check_activation(const char* op, const char* name, const Tensor& x) {
-  if (x.is_cuda()) {
+  if (on_cuda(x)) {
     Argument{op, name, x}.has_dim(4).has_dtype(
         {ScalarType::Half, ScalarType::BFloat16, ScalarType::Float});
   } else {
@@ -143,46 +144,48 @@ kernels::PixelStrides pixel_strides(const Pixels& x, int64_t h, int64_t w) {
 }
 
 void max_pool_forward_cuda(const char* op, const cpu::MaxPoolShape& shape, const Tensor& x,
-                           const Tensor& y, uint8_t* argmax) {
-  const CudaLaunch launch(op, x);
+                           const Tensor& y, const Tensor& argmax) {
   const Pixels input(x), output(y);
-  launch.check(
-      kernels::max_pool_forward({.x = input.data,
-                                 .y = output.data,
-                                 .argmax = argmax,
-                                 .x_stride = pixel_strides(input, shape.h, shape.w),
-                                 .y_stride = pixel_strides(output, shape.out_h, shape.out_w),
-                                 .batch = shape.n,
-                                 .channels = shape.c,
-                                 .input_h = shape.h,
-                                 .input_w = shape.w,
-                                 .output_h = shape.out_h,
-                                 .output_w = shape.out_w,
-                                 .window = kernel_window(shape),
-                                 .dtype = kernel_dtype(x.scalar_type())},
-                                launch.stream()));
+  const bool with_argmax = argmax.numel() > 0;
+  const kernels::MaxPoolForwardParams params{
+      .x = input.data,
+      .y = output.data,
+      .argmax = with_argmax ? static_cast<uint8_t*>(argmax.data_ptr()) : nullptr,
+      .x_stride = pixel_strides(input, shape.h, shape.w),
+      .y_stride = pixel_strides(output, shape.out_h, shape.out_w),
+      .batch = shape.n,
+      .channels = shape.c,
+      .input_h = shape.h,
+      .input_w = shape.w,
+      .output_h = shape.out_h,
+      .output_w = shape.out_w,
+      .window = kernel_window(shape),
+      .dtype = kernel_dtype(x.scalar_type())};
+  launch_kernels(op, {{"x", x, Use::kRead}, {"y", y, Use::kWrite}, {"argmax", argmax, Use::kWrite}},
+                 [&](cudaStream_t stream) { return kernels::max_pool_forward(params, stream); });
 }
 
 void max_pool_backward_cuda(const char* op, const cpu::MaxPoolShape& shape, const Tensor& grad,
-                            const uint8_t* argmax, const Tensor& dx) {
-  const CudaLaunch launch(op, grad);
+                            const Tensor& argmax, const Tensor& dx) {
   const Pixels grad_y(grad), grad_x(dx);
-  launch.check(
-      kernels::max_pool_backward({.grad_y = grad_y.data,
-                                  .argmax = argmax,
-                                  .grad_x = grad_x.data,
-                                  .grad_y_stride = pixel_strides(grad_y, shape.out_h, shape.out_w),
-                                  .grad_x_stride = pixel_strides(grad_x, shape.h, shape.w),
-                                  .batch = shape.n,
-                                  .channels = shape.c,
-                                  .input_h = shape.h,
-                                  .input_w = shape.w,
-                                  .output_h = shape.out_h,
-                                  .output_w = shape.out_w,
-                                  .window = kernel_window(shape),
-                                  .dtype = kernel_dtype(grad.scalar_type()),
-                                  .accumulate = false},
-                                 launch.stream()));
+  const kernels::MaxPoolBackwardParams params{
+      .grad_y = grad_y.data,
+      .argmax = static_cast<const uint8_t*>(argmax.data_ptr()),
+      .grad_x = grad_x.data,
+      .grad_y_stride = pixel_strides(grad_y, shape.out_h, shape.out_w),
+      .grad_x_stride = pixel_strides(grad_x, shape.h, shape.w),
+      .batch = shape.n,
+      .channels = shape.c,
+      .input_h = shape.h,
+      .input_w = shape.w,
+      .output_h = shape.out_h,
+      .output_w = shape.out_w,
+      .window = kernel_window(shape),
+      .dtype = kernel_dtype(grad.scalar_type()),
+      .accumulate = false};
+  launch_kernels(
+      op, {{"grad", grad, Use::kRead}, {"argmax", argmax, Use::kRead}, {"dx", dx, Use::kWrite}},
+      [&](cudaStream_t stream) { return kernels::max_pool_backward(params, stream); });
 }
 
 #endif  // INCEPTION_EXT_CUDA_VERSION
@@ -191,7 +194,7 @@ std::tuple<Tensor, Tensor> max_pool_forward(Tensor x, Pair kernel, Pair stride, 
                                             bool ceil_mode, bool with_argmax) {
   static constexpr const char* op = "max_pool_forward";
   check_activation(op, "x", x);
-  check_window(op, kernel, stride, padding, x.is_cuda());
+  check_window(op, kernel, stride, padding, on_cuda(x));
   cpu::MaxPoolShape shape{
       .n = x.size(0),
       .h = x.size(2),
@@ -210,13 +213,13 @@ std::tuple<Tensor, Tensor> max_pool_forward(Tensor x, Pair kernel, Pair stride, 
   Tensor argmax = with_argmax
                       ? empty_nhwc(x, shape.n, shape.c, shape.out_h, shape.out_w, ScalarType::Byte)
                       : empty_vector(x, 0, ScalarType::Byte);
-  uint8_t* indices = with_argmax ? static_cast<uint8_t*>(argmax.data_ptr()) : nullptr;
 #ifdef INCEPTION_EXT_CUDA_VERSION
-  if (x.is_cuda()) {
-    max_pool_forward_cuda(op, shape, input, y, indices);
+  if (on_cuda(x)) {
+    max_pool_forward_cuda(op, shape, input, y, argmax);
     return {y, argmax};
   }
 #endif
+  uint8_t* indices = with_argmax ? static_cast<uint8_t*>(argmax.data_ptr()) : nullptr;
   max_pool_pixels(shape, Pixels(input), Pixels(y), indices, x.scalar_type());
   return {y, argmax};
 }
@@ -226,9 +229,9 @@ Tensor max_pool_backward(Tensor grad, Tensor argmax, Pair input_size, Pair kerne
   static constexpr const char* op = "max_pool_backward";
   check_activation(op, "grad", grad);
   check_pair(op, "input_size", input_size);
-  check_window(op, kernel, stride, padding, grad.is_cuda());
+  check_window(op, kernel, stride, padding, on_cuda(grad));
   Argument{op, "argmax", argmax}
-      .is_dense_of(grad.is_cuda())
+      .is_dense_of(on_cuda(grad))
       .has_shape({grad.size(0), grad.size(1), grad.size(2), grad.size(3)})
       .has_dtype({ScalarType::Byte});
   cpu::MaxPoolShape shape{.n = grad.size(0),
@@ -254,13 +257,13 @@ Tensor max_pool_backward(Tensor grad, Tensor argmax, Pair input_size, Pair kerne
   const Tensor gradient = by_pixels(grad);
   const Tensor indices = torch::stable::contiguous(argmax, MemoryFormat::ChannelsLast);
   Tensor dx = empty_nhwc(grad, shape.n, shape.c, shape.h, shape.w);
-  const auto* window_index = static_cast<const uint8_t*>(indices.data_ptr());
 #ifdef INCEPTION_EXT_CUDA_VERSION
-  if (grad.is_cuda()) {
-    max_pool_backward_cuda(op, shape, gradient, window_index, dx);
+  if (on_cuda(grad)) {
+    max_pool_backward_cuda(op, shape, gradient, indices, dx);
     return dx;
   }
 #endif
+  const auto* window_index = static_cast<const uint8_t*>(indices.data_ptr());
   max_pool_backward_pixels(shape, Pixels(gradient), window_index, Pixels(dx), /*accumulate=*/false,
                            grad.scalar_type());
   return dx;
@@ -268,13 +271,13 @@ Tensor max_pool_backward(Tensor grad, Tensor argmax, Pair input_size, Pair kerne
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(inception_ext, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(INCEPTION_EXT_OPS, CPU, m) {
   m.impl("max_pool_forward", TORCH_BOX(&max_pool_forward));
   m.impl("max_pool_backward", TORCH_BOX(&max_pool_backward));
 }
 
 #ifdef INCEPTION_EXT_CUDA_VERSION
-STABLE_TORCH_LIBRARY_IMPL(inception_ext, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(INCEPTION_EXT_OPS, CUDA, m) {
   m.impl("max_pool_forward", TORCH_BOX(&max_pool_forward));
   m.impl("max_pool_backward", TORCH_BOX(&max_pool_backward));
 }

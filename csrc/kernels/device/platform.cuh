@@ -1,23 +1,37 @@
 // The seam between nvcc and the host: every kernel source includes CUDA through this file.
 //
-// With INCEPTION_EXT_EMULATE defined, the same source compiles with a host compiler, and the
-// emulator supplies the launch, the thread indices and the check of every global access.
+// With INCEPTION_EXT_EMULATE defined, the same source compiles with a host compiler, and every
+// wrapper in this folder calls its twin in csrc/emulator instead of the hardware.
 #pragma once
 
 #ifdef INCEPTION_EXT_EMULATE
 
-#include "../../emulator/host_shim.h"
+#include "../../emulator/cuda_names.h"
+
+namespace inception_ext::kernels {
+
+using emulator::Place;
+
+// Multiply-accumulates that this thread issues outside mma.
+inline void count_macs(int64_t macs) { emulator::count_macs(macs); }
+
+}  // namespace inception_ext::kernels
 
 #else
 
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
 
 namespace inception_ext::kernels {
 
-// The emulator checks that [pointer, pointer + bytes) lies in a tensor of the launch.
-__device__ __forceinline__ void check_access(const void* /*pointer*/, size_t /*bytes*/) {}
+// The line of a kernel that calls a wrapper: of use to the emulator's reports only.
+struct Place {
+  __host__ __device__ static constexpr Place current() { return {}; }
+};
+
+__device__ __forceinline__ void count_macs(int64_t /*macs*/) {}
 
 }  // namespace inception_ext::kernels
 

@@ -1,7 +1,4 @@
 // Element types and 16-byte vectors.
-//
-// Kernels read and write global memory only through load_vector and store_vector: one place for
-// the vector width and for the emulator's check of the address.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -40,18 +37,6 @@ template <typename T, int kSize>
 struct alignas(sizeof(T) * kSize) Vector {
   T data[kSize];
 };
-
-template <int kSize, typename T>
-__device__ __forceinline__ Vector<T, kSize> load_vector(const T* pointer) {
-  check_access(pointer, sizeof(T) * kSize);
-  return *reinterpret_cast<const Vector<T, kSize>*>(pointer);
-}
-
-template <int kSize, typename T>
-__device__ __forceinline__ void store_vector(T* pointer, const Vector<T, kSize>& vector) {
-  check_access(pointer, sizeof(T) * kSize);
-  *reinterpret_cast<Vector<T, kSize>*>(pointer) = vector;
-}
 
 // Can a tensor be moved in vectors of kSize elements? Host side, for the launchers.
 inline bool is_aligned(const void* pointer, int64_t bytes) {

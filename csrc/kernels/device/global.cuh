@@ -1,0 +1,39 @@
+// Plain accesses to global memory. Kernels make every one of them here, so that the emulator sees
+// it: where, how many bytes, and by which line.
+#pragma once
+
+#include "platform.cuh"
+#include "types.cuh"
+
+namespace inception_ext::kernels {
+
+template <typename T>
+__device__ __forceinline__ T load_global(const T* pointer, Place place = Place::current()) {
+#ifdef INCEPTION_EXT_EMULATE
+  emulator::read_global(pointer, sizeof(T), place);
+#endif
+  return *pointer;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_global(T* pointer, T value, Place place = Place::current()) {
+#ifdef INCEPTION_EXT_EMULATE
+  emulator::write_global(pointer, sizeof(T), place);
+#endif
+  *pointer = value;
+}
+
+// kSize neighbouring elements in one instruction; the pointer is aligned to their size.
+template <int kSize, typename T>
+__device__ __forceinline__ Vector<T, kSize> load_global(const T* pointer,
+                                                        Place place = Place::current()) {
+  return load_global(reinterpret_cast<const Vector<T, kSize>*>(pointer), place);
+}
+
+template <int kSize, typename T>
+__device__ __forceinline__ void store_global(T* pointer, const Vector<T, kSize>& vector,
+                                             Place place = Place::current()) {
+  store_global(reinterpret_cast<Vector<T, kSize>*>(pointer), vector, place);
+}
+
+}  // namespace inception_ext::kernels
