@@ -1,8 +1,9 @@
 """``autograd.Function``s around the compiled ops.
 
 Each saves by name what its backward reads. Asked for a differentiable backward
-(``create_graph=True``), each recomputes through :mod:`inception_ext.reference` instead of its op,
-which has no derivative of its own.
+(``create_graph=True``) or for several at once (``is_grads_batched=True``, or ``vmap`` around it),
+each recomputes through :mod:`inception_ext.reference` instead of its op, which has neither a
+derivative nor a batching rule of its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,20 +17,32 @@ from inception_ext import _library, reference
 __all__ = ["BatchNormRelu", "Inception", "MaxPool"]
 
 
-def _second_order() -> bool:
-    """Whether autograd wants to differentiate the backward that runs now."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def _needs_reference(grad: Tensor) -> bool:
+    """Whether the backward that runs now is to be differentiated or batched, as no op can be."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    return (
+        torch.is_grad_enabled()
+        or functorch.peek_interpreter_stack() is not None
+        or functorch.is_legacy_batchedtensor(grad)  # of is_grads_batched=True
+    )
 
 
 def _reference_gradients(
     function: Callable[..., Tensor], grad: Tensor, inputs: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Gradients of those inputs that need one, with a graph of their own; None for the others."""
-    # Of aliases: where one input was computed from another, that path is not this function's.
-    aliases = [tensor.view_as(tensor) for tensor in inputs]
+    """Gradients of those inputs that need one, differentiable if asked for; None for the others."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Of aliases: where one input was computed from another, that path is not this function's.
+        aliases = [tensor.view_as(tensor) for tensor in inputs]
+        output = function(*aliases)
     wanted = [alias for alias in aliases if alias.requires_grad]
-    output = function(*aliases)
-    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))
+    gradients = torch.autograd.grad(
+        output, wanted, grad, create_graph=create_graph, allow_unused=True
+    )
+    found = iter(gradients)
     return [next(found) if alias.requires_grad else None for alias in aliases]
 
 
@@ -56,7 +69,7 @@ class MaxPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (argmax,) = ctx.saved_tensors
-        if _second_order():
+        if _needs_reference(grad):
             dx = _scatter_to_windows(grad, argmax, ctx.input_size, *ctx.window)
         else:
             dx = _library.ops(grad).max_pool_backward(grad, argmax, ctx.input_size, *ctx.window)
@@ -79,7 +92,9 @@ def _scatter_to_windows(
     columns = torch.arange(q, device=grad.device) * stride[1] - padding[1]
     flat = (rows + index // kernel_size[1]) * w + columns + index % kernel_size[1]
     zeros = grad.new_zeros(n, c, h * w)
-    return zeros.scatter_add(2, flat.flatten(2), grad.flatten(2)).unflatten(2, (h, w))
+    windows = (n, c, p * q)
+    dx = zeros.scatter_add(2, flat.reshape(windows), grad.reshape(windows))
+    return dx.reshape(n, c, h, w)
 
 
 class BatchNormRelu(torch.autograd.Function):
@@ -109,7 +124,7 @@ class BatchNormRelu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         gradients: list[Tensor | None]
-        if _second_order():
+        if _needs_reference(grad):
 
             def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
                 return _batch_norm_relu(x, weight, bias, mean, rstd, ctx.training, ctx.eps)
@@ -185,7 +200,7 @@ class Inception(torch.autograd.Function):
         conv_weights, weights, biases = parameters[:6], parameters[6:12], parameters[12:]
         needs = list(ctx.needs_input_grad[5:])  # x, then the parameters
         gradients: list[Tensor | None]
-        if _second_order():
+        if _needs_reference(grad):
             mean, rstd = saved[-2:]
 
             def function(x: Tensor, *p: Tensor) -> Tensor:

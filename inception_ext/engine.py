@@ -77,15 +77,18 @@ class Engine:
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
+        if isinstance(model, torch.jit.ScriptModule | torch.fx.GraphModule):
+            raise TypeError("freeze: model: expected a GoogLeNet, got a scripted or traced one")
         missing = [
             name
             for name in (*_STEM, *_BODY, "avgpool", "fc")
             if not name.startswith("lrn") and not isinstance(getattr(model, name, None), nn.Module)
         ]
         if missing:
+            is_wrapper = isinstance(getattr(model, "module", None), nn.Module)
             raise TypeError(
-                f"freeze: model: expected a GoogLeNet, got a {type(model).__name__} "
-                f"without {', '.join(missing)}"
+                f"freeze: model: expected a GoogLeNet, got a {type(model).__name__} without "
+                + ("its children; pass its .module" if is_wrapper else ", ".join(missing))
             )
         if len(mean) != 3 or len(std) != 3:
             raise ValueError(

@@ -223,6 +223,13 @@ def test_statistics_that_share_memory():
     assert all(torch.equal(a, b) for a, b in zip(expanded, dense, strict=True))
 
 
+def test_no_memory():
+    """What torch says about it comes through (from 2.13 on; before, it is on stderr)."""
+    huge = torch.zeros(1, 1, 1, 1).expand(1, 64, 2**27, 2**27)  # 2**62 bytes, were it copied
+    with pytest.raises(RuntimeError, match=r"allocate memory.* \d{19} bytes|see stderr for why"):
+        ops.max_pool_forward(huge, [3, 3], [2, 2], [0, 0], False, False)
+
+
 def test_no_channels():
     x = torch.zeros(2, 0, 4, 4)
     y, argmax = ops.max_pool_forward(x, [3, 3], [1, 1], [1, 1], False, True)

@@ -782,6 +782,13 @@ def test_bad_arguments(models):
         freeze(nn.Linear(3, 4))
     with pytest.raises(TypeError, match="model: expected a GoogLeNet, got a str"):
         freeze("model")
+    text = r"got a DataParallel without its children; pass its \.module$"
+    with pytest.raises(TypeError, match=text):
+        freeze(nn.DataParallel(models["ours"]))
+    x = torch.zeros(1, 3, 32, 32)
+    for traced in (torch.fx.symbolic_trace(models["ours"]), torch.jit.trace(models["ours"], x)):
+        with pytest.raises(TypeError, match="got a scripted or traced one"):
+            freeze(traced)
     with pytest.raises(TypeError, match="got a Inception without conv1"):
         freeze(Inception(8, 8, 8, 8, 8, 8, 8))
     model = copy.deepcopy(models["ours"])

@@ -582,6 +582,41 @@ def test_a_network_that_makes_its_own_weights(block):
     torch.testing.assert_close(ours, without_kernels(gradient), rtol=1e-4, atol=1e-4)
 
 
+BATCHED: dict[str, Callable[[Tensor], Tensor]] = {
+    "inception, train": lambda x: make_block()(x),
+    "inception, eval": lambda x: make_block().eval()(x),
+    "batch_norm_relu, train": lambda x: make_block().branch1(x),
+    "batch_norm_relu, eval": lambda x: make_block().eval().branch1(x),
+    "max_pool": lambda x: functional.max_pool(x, 3, 2, 1, True),
+}
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop")  # of ops without batching rules
+@pytest.mark.parametrize("how", ["is_grads_batched", "vmap", "jacobian"])
+@pytest.mark.parametrize("name", BATCHED)
+def test_batched_gradients(name, how):
+    """Several backward passes over one forward pass at once."""
+    function = BATCHED[name]
+
+    def gradients() -> Tensor:
+        x = X.clone().requires_grad_()
+        if how == "jacobian":
+            return torch.autograd.functional.jacobian(
+                lambda x: function(x).sum((0, 2, 3)), x, vectorize=True
+            )
+        y = function(x)
+        many = randn(3, *y.shape, seed=4)
+        if how == "vmap":
+            return vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True)[0])(many)
+        return torch.autograd.grad(y, x, many, is_grads_batched=True)[0]
+
+    with CalledOps() as called:
+        ours = gradients()
+    assert called.names == [f"{name.partition(',')[0]}_forward"]
+    assert not ours.requires_grad
+    torch.testing.assert_close(ours, without_kernels(gradients), rtol=1e-4, atol=1e-4)
+
+
 # torch.compile
 
 
@@ -673,13 +708,14 @@ def test_compile_notices_the_switch(block, fresh_dynamo):
     assert graphs == [["inception_forward"], []]
 
 
-def test_inductor(block, fresh_dynamo):
+@pytest.mark.parametrize("memory_format", ["contiguous_format", "channels_last"])
+def test_inductor(block, memory_format, fresh_dynamo):
     """Which checks at run time the strides that the fake kernels promised."""
+    block.to(memory_format=getattr(torch, memory_format))
     eager = copy.deepcopy(block)
-    compiled = torch.compile(block, fullgraph=True)
-    torch.testing.assert_close(results_of(compiled, X), {
-        f"_orig_mod.{k}" if "branch" in k else k: v for k, v in results_of(eager, X).items()
-    })  # fmt: skip
+    block.compile(fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(results_of(block, X), results_of(eager, X))
 
 
 # Bookkeeping of training
