@@ -194,6 +194,9 @@ def test_copies_go_to_pixels():
     for wrong in (y, y[:1].expand(2, -1, -1, -1), y[:, :1].expand(-1, 8, -1, -1)):
         with pytest.raises(RuntimeError, match="copy_channels: y: expected a channels_last tensor"):
             ops.copy_channels(wrong, x, 0)
+    overlapping = torch.zeros(100).as_strided((2, 3, 4, 5), (40, 1, 10, 2))
+    with pytest.raises(RuntimeError, match="copy_channels: y: expected a channels_last tensor"):
+        ops.copy_channels(overlapping, x, 0)
     nhwc = y.to(memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="offset: expected 0 to -1, got 0"):
         ops.copy_channels(nhwc[:, :2], x, 0)
