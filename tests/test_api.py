@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import random
 import warnings
 
 import pytest
@@ -371,9 +372,11 @@ class TestCheckpointPath:
             path.write_bytes(content[:size])
             with pytest.raises(RuntimeError, match=r"cannot read the checkpoint .*mine\.pth"):
                 inception_ext.googlenet(weights=path)
-        path.write_bytes(os.urandom(4096))
-        with pytest.raises(RuntimeError, match=r"cannot read the checkpoint .*mine\.pth"):
-            inception_ext.googlenet(weights=path)
+        noise = random.Random(0)
+        for first in range(256):  # each may be an instruction of a pickle
+            path.write_bytes(bytes([first]) + noise.randbytes(255))
+            with pytest.raises(RuntimeError, match=r"cannot read the checkpoint .*mine\.pth"):
+                inception_ext.googlenet(weights=path)
         with pytest.raises(RuntimeError, match="cannot read the checkpoint"):
             inception_ext.googlenet(weights=__file__)
 
