@@ -17,8 +17,7 @@ from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrize, prune
 
 import inception_ext
-from inception_ext import engine as engine_module
-from inception_ext import functional
+from inception_ext import _frozen, functional
 from inception_ext.bvlc import BVLCGoogLeNet
 from inception_ext.engine import Engine, freeze
 from inception_ext.modules import BasicConv2d, Inception
@@ -216,7 +215,7 @@ def test_transform_input(models, kind, dtype):
 
 
 def first_convolution(engine: Engine, x: Tensor) -> Tensor:
-    return engine._stem[0](engine._load(x))
+    return engine._network.stem[0](engine._load(x))
 
 
 @pytest.mark.parametrize("transform_input", [False, True])
@@ -692,7 +691,7 @@ def test_relu_is_zero_below_zero(models):
     """Or as good as: NaN passes through a slope of 1e-30."""
     engine = freeze(models["ours"])
     x = engine._load(images(1, 64, 64))
-    y = engine._stem[0](x)
+    y = engine._network.stem[0](x)
     with torch.no_grad():
         expected = models["ours"].conv1(x)
     assert (expected == 0).any() and (y[expected == 0].abs() < 1e-28).all()
@@ -705,7 +704,7 @@ def test_relu_is_zero_below_zero(models):
 def test_without_onednns_fused_convolution(models, monkeypatch, dtype):
     model, x = models["ours"], images(2, 33, 47)
     expected = freeze(model, dtype)(x)
-    monkeypatch.setattr(engine_module, "_has_fused_convolution", lambda x: False)
+    monkeypatch.setattr(_frozen, "_has_fused_convolution", lambda x: False)
     engine = freeze(model, dtype)
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]
     torch.testing.assert_close(engine(x), expected, rtol=tolerance, atol=tolerance)
