@@ -10,7 +10,7 @@ import functools
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -137,6 +137,13 @@ def why_not_on(capability: tuple[int, int]) -> str | None:
     if covering_architecture(info["architectures"], text) is None:
         return f"the binary has no code for capability {text}: {', '.join(info['architectures'])}"
     return None
+
+
+# Those that write into tensors of the caller.
+INFERENCE_OPS = (
+    *("conv_group", "stem_conv_pool", "stem_conv_conv_pool"),
+    *("max_pool_out", "global_avg_pool", "lrn"),
+)
 
 
 def _nhwc(like: Tensor, *size: Any, dtype: torch.dtype | None = None) -> Tensor:
@@ -293,6 +300,41 @@ def _copy_channels_fake(y: Tensor, x: Tensor, offset: int) -> None:
     return None
 
 
+def _writes_only(*args: Any) -> None:
+    """The fake kernel of ops that write into tensors of the caller."""
+    return None
+
+
+def _conv_group_flop(
+    x: list[Any],
+    weights: list[Any],
+    biases: Any,
+    kernel_sizes: list[int],
+    *rest: Any,
+    **_: Any,
+) -> int:
+    segments, outputs = rest[4], rest[7]
+    flops, first = 0, 0
+    for i, (_n, c, _h, _w) in enumerate(x):
+        n, _k, p, q = outputs[first]
+        r, s = kernel_sizes[2 * i : 2 * i + 2]
+        flops += 2 * n * p * q * weights[i][0] * c * r * s
+        first += segments[i]
+    return flops
+
+
+def _stem_conv_pool_flop(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    n, c, h, w = x
+    return 2 * n * ((h + 1) // 2) * ((w + 1) // 2) * weight[0] * c * 7 * 7
+
+
+def _stem_conv_conv_pool_flop(
+    x: Any, weight1: Any, bias1: Any, weight2: Any, *_: Any, **__: Any
+) -> int:
+    n, c, h, w = x
+    return 2 * n * h * w * (weight1[0] * c + weight2[0] * weight1[0] * 3 * 3)
+
+
 def _inception_flop(x: Any, conv_weights: list[Any], *_: Any, **__: Any) -> int:
     """Two floating-point operations a multiply-accumulate; shapes, not tensors, come in."""
     n, _c, h, w = x
@@ -315,7 +357,7 @@ def _inception_backward_flop(
 
 def register(namespace: str) -> None:
     """Tells torch the fake kernels and the flop formulas of one namespace of the ops."""
-    for name, fake in (
+    fakes: tuple[tuple[str, Callable[..., Any]], ...] = (
         ("max_pool_forward", _max_pool_forward_fake),
         ("max_pool_backward", _max_pool_backward_fake),
         ("batch_norm_relu_forward", _batch_norm_relu_forward_fake),
@@ -324,11 +366,19 @@ def register(namespace: str) -> None:
         ("inception_backward", _inception_backward_fake),
         ("image_to_nhwc", _image_to_nhwc_fake),
         ("copy_channels", _copy_channels_fake),
-    ):
+        *((name, _writes_only) for name in INFERENCE_OPS),
+    )
+    for name, fake in fakes:
         torch.library.register_fake(f"{namespace}::{name}", fake)
     ops = getattr(torch.ops, namespace)
-    register_flop_formula(ops.inception_forward)(_inception_flop)
-    register_flop_formula(ops.inception_backward)(_inception_backward_flop)
+    for name, formula in (
+        ("inception_forward", _inception_flop),
+        ("inception_backward", _inception_backward_flop),
+        ("conv_group", _conv_group_flop),
+        ("stem_conv_pool", _stem_conv_pool_flop),
+        ("stem_conv_conv_pool", _stem_conv_conv_pool_flop),
+    ):
+        register_flop_formula(getattr(ops, name))(formula)
 
 
 if _C is not None:

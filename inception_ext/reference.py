@@ -11,7 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["aux_pool", "batch_norm_relu", "conv_bn_relu", "inception", "lrn", "max_pool"]
+__all__ = [
+    "aux_pool",
+    "batch_norm_relu",
+    "conv_bn_relu",
+    "conv_group",
+    "global_avg_pool",
+    "inception",
+    "lrn",
+    "lrn_out",
+    "max_pool",
+    "max_pool_out",
+    "pack_weight",
+    "stem_conv_conv_pool",
+    "stem_conv_pool",
+    "unpack_weight",
+]
 
 
 def max_pool(
@@ -158,3 +173,147 @@ def aux_pool(x: Tensor, output_size: int = 4) -> Tensor:
         x[..., r, c].mean((-2, -1)) for r in windows(x.shape[-2]) for c in windows(x.shape[-1])
     ]
     return torch.stack(cells, -1).unflatten(-1, (output_size, output_size))
+
+
+# The ops of inference. They write into tensors that the caller gives, and take folded weights.
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """``[K, C, R, S]`` to ``[K, ceil8(R * S * C)]``: row k is filter k in (r, s, c) order, then 0.
+
+    So the filter's row r lies as the pixels of a channels_last image do, and rows are a whole
+    number of 16-byte vectors.
+    """
+    rows = weight.permute(0, 2, 3, 1).flatten(1)
+    return F.pad(rows, (0, -rows.shape[1] % 8)).contiguous()
+
+
+def unpack_weight(packed: Tensor, channels: int, kernel_size: Sequence[int]) -> Tensor:
+    """What :func:`pack_weight` packed: ``[K, channels, R, S]``."""
+    r, s = kernel_size
+    return packed[:, : r * s * channels].unflatten(1, (r, s, channels)).permute(0, 3, 1, 2)
+
+
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+) -> Tensor:
+    """Convolution with a packed weight; sums in float32 (float64 where x is), not rounded yet."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    filters = unpack_weight(weight, x.shape[1], kernel_size).to(dtype)
+    return F.conv2d(x.to(dtype), filters, bias.to(dtype), tuple(stride), tuple(padding))
+
+
+def conv_group(
+    x: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    kernel_sizes: Sequence[int],
+    strides: Sequence[int],
+    paddings: Sequence[int],
+    pools: Sequence[bool],
+    relus: Sequence[bool],
+    segments: Sequence[int],
+    exact: bool,
+    workspace: Tensor | None,
+    outputs: Sequence[Tensor],
+) -> None:
+    """Convolution + bias + ReLU, several at once, each into one to three outputs.
+
+    Args:
+        x: of problem i ``[N, C, H, W]``.
+        weights: ``[K, ceil8(R * S * C)]`` as :func:`pack_weight` gives them, in the dtype of x.
+        biases: ``[K]``, float32.
+        kernel_sizes, strides, paddings: ``(h, w)`` of problem 0, ``(h, w)`` of problem 1, ...
+        pools: where True, x is max pooled first: 3x3, stride 1, padding 1.
+        relus: where False, the sum is written as it is.
+        segments: how many of ``outputs``, in turn, share the K channels of problem i.
+        exact: float32 is multiplied as float32; otherwise a kernel may round factors to TF32.
+        workspace: memory for kernels; not used here.
+        outputs: ``[N, K_j, P, Q]``, written to.
+    """
+    remaining = list(outputs)
+    for i in range(len(x)):
+        window = (sizes[2 * i : 2 * i + 2] for sizes in (kernel_sizes, strides, paddings))
+        y = _conv(max_pool(x[i], 3, 1, 1) if pools[i] else x[i], weights[i], biases[i], *window)
+        parts, remaining = remaining[: segments[i]], remaining[segments[i] :]
+        widths = [part.shape[1] for part in parts]
+        for part, values in zip(
+            parts, (F.relu(y) if relus[i] else y).split(widths, 1), strict=True
+        ):
+            part.copy_(values)
+
+
+def stem_conv_pool(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Sequence[float],
+    shift: Sequence[float],
+    exact: bool,
+    y: Tensor,
+) -> None:
+    """Convolution 7x7, stride 2, padding 3 + ReLU, then max pool 3x3, stride 2, ceil mode.
+
+    Args:
+        x: ``[N, 3, H, W]`` in any strides, uint8 or floating.
+        weight: ``[64, 152]``, packed; its dtype is that of the computation. bias: ``[64]`` float32.
+        scale, shift: 3 numbers each: the convolution reads ``x * scale + shift``, rounded to the
+            dtype of the weight, and pads that with zeros.
+        exact: as in :func:`conv_group`.
+        y: ``[N, 64, P, Q]``, written to.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    vectors = [torch.tensor(v, dtype=dtype, device=x.device).view(3, 1, 1) for v in (scale, shift)]
+    images = (x.to(dtype) * vectors[0] + vectors[1]).to(weight.dtype)
+    z = F.relu(_conv(images, weight, bias, (7, 7), (2, 2), (3, 3)))
+    y.copy_(max_pool(z, 3, 2, ceil_mode=True))
+
+
+def stem_conv_conv_pool(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    exact: bool,
+    y: Tensor,
+) -> None:
+    """Convolution 1x1 + ReLU, convolution 3x3 + ReLU, max pool 3x3, stride 2, ceil mode.
+
+    Args:
+        x: ``[N, 64, H, W]``.
+        weight1, weight2: ``[64, 64]`` and ``[192, 576]``, packed. bias1, bias2: float32.
+        exact: as in :func:`conv_group`.
+        y: ``[N, 192, P, Q]``, written to.
+    """
+    reduced = F.relu(_conv(x, weight1, bias1, (1, 1))).to(x.dtype)
+    z = F.relu(_conv(reduced, weight2, bias2, (3, 3), padding=(1, 1)))
+    y.copy_(max_pool(z, 3, 2, ceil_mode=True))
+
+
+def max_pool_out(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    y: Tensor,
+) -> None:
+    """:func:`max_pool` into y ``[N, C, P, Q]``."""
+    y.copy_(F.max_pool2d(x, tuple(kernel_size), tuple(stride), tuple(padding), ceil_mode=ceil_mode))
+
+
+def global_avg_pool(x: Tensor, y: Tensor) -> None:
+    """Mean of each channel of ``[N, C, H, W]``, summed in float32, into y ``[N, C, 1, 1]``."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    y.copy_(x.to(dtype).mean((2, 3), keepdim=True))
+
+
+def lrn_out(x: Tensor, size: int, alpha: float, beta: float, k: float, y: Tensor) -> None:
+    """:func:`lrn`, computed in float32, into y of x's shape; the op is called ``lrn``."""
+    y.copy_(lrn(x.to(torch.promote_types(x.dtype, torch.float32)), size, alpha, beta, k))

@@ -25,6 +25,7 @@
 #include <type_traits>
 
 #include "device/global.cuh"
+#include "device/sync.cuh"
 #include "device/types.cuh"
 #include "launch.h"
 #include "max_pool.h"
@@ -102,6 +103,8 @@ template <typename T, int kVec, int kKernelH, int kStrideH, bool kArgmax>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     max_pool_forward_kernel(const __grid_constant__ MaxPoolForwardParams p,
                             int32_t rows_per_thread) {
+  wait_for_previous_kernel();
+  allow_next_kernel();
   constexpr int kShared = kKernelH - kStrideH;  // rows that a window shares with the next
   const int32_t vectors = static_cast<int32_t>(p.channels) / kVec;
   const int32_t column = blockIdx.x * kThreads + threadIdx.x;
@@ -327,7 +330,8 @@ cudaError_t launch_forward(const MaxPoolForwardParams& p, cudaStream_t stream) {
     const auto kernel = p.argmax != nullptr
                             ? max_pool_forward_kernel<T, kVec, kKernelH, kStrideH, true>
                             : max_pool_forward_kernel<T, kVec, kKernelH, kStrideH, false>;
-    return launch(kernel, geometry.grid, dim3(kThreads), 0, stream, p, geometry.rows_per_thread);
+    return launch_dependent(kernel, geometry.grid, dim3(kThreads), 0, stream, p,
+                            geometry.rows_per_thread);
   });
 }
 

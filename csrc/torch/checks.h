@@ -64,6 +64,11 @@ inline std::string shape_text(const Tensor& tensor) {
   return shape_text(sizes.data(), static_cast<int64_t>(sizes.size()));
 }
 
+inline std::string strides_text(const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  return shape_text(strides.data(), static_cast<int64_t>(strides.size()));
+}
+
 template <class... Parts>
 [[noreturn]] void fail(const char* op, const char* argument, const Parts&... parts) {
   std::ostringstream text;

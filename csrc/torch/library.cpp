@@ -37,6 +37,38 @@ STABLE_TORCH_LIBRARY(INCEPTION_EXT_OPS, m) {
       "Tensor reduced_3x3, Tensor reduced_5x5, Tensor pooled, Tensor argmax, Tensor mean, "
       "Tensor rstd, bool training, bool[] needs) -> (Tensor, Tensor[], Tensor[], Tensor[])");
 
+  // Inference: all write into tensors of the caller, who can plan their memory. T is float16,
+  // bfloat16 or float32; x and the outputs are channels_last, or channel slices of such. exact:
+  // float32 is multiplied as such and not as TF32.
+  m.def(
+      "max_pool_out(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, "
+      "Tensor(a!) y) -> ()");
+  // Up to 8 convolutions + bias + ReLU in one launch. Of problem i: x[i] [N, C, H, W] T, first max
+  // pooled (3x3, stride 1, padding 1) where pools[i]; weights[i] [K, ceil8(R * S * C)] T, each row
+  // a filter in (r, s, c) order, behind it zeros; biases[i] float32 [K]; kernel_sizes, strides,
+  // paddings (h, w); segments[i]: how many of `outputs` in turn share its K channels.
+  // workspace: uint8 [conv_group_workspace_bytes()], zero at first and zero again afterwards, or
+  // None (no split-K)
+  m.def(
+      "conv_group(Tensor[] x, Tensor[] weights, Tensor[] biases, int[] kernel_sizes, "
+      "int[] strides, int[] paddings, bool[] pools, bool[] relus, int[] segments, bool exact, "
+      "Tensor(a!)? workspace, Tensor(b!)[] outputs) -> ()");
+  m.def("conv_group_workspace_bytes() -> int");
+  // max_pool(relu(conv(x * scale[c] + shift[c], weight, stride 2, padding 3) + bias), 3, 2, ceil):
+  // x [N, 3, H, W] uint8 or float in any strides, weight packed [64, 152] T, y [N, 64, P, Q] T
+  m.def(
+      "stem_conv_pool(Tensor x, Tensor weight, Tensor bias, float[] scale, float[] shift, "
+      "bool exact, Tensor(a!) y) -> ()");
+  // max_pool(relu(conv3x3(relu(conv1x1(x)))), 3, 2, ceil): x [N, 64, H, W], weights packed
+  // [64, 64] and [192, 576], y [N, 192, P, Q]
+  m.def(
+      "stem_conv_conv_pool(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
+      "bool exact, Tensor(a!) y) -> ()");
+  // x [N, C, H, W] -> y [N, C, 1, 1]
+  m.def("global_avg_pool(Tensor x, Tensor(a!) y) -> ()");
+  // Local response normalisation, as torch.nn.LocalResponseNorm
+  m.def("lrn(Tensor x, int size, float alpha, float beta, float k, Tensor(a!) y) -> ()");
+
   // y = x * scale[c] + shift[c], from uint8 or float, any strides, to channels_last
   m.def("image_to_nhwc(Tensor x, float[] scale, float[] shift, ScalarType dtype) -> Tensor");
   // Channels of x copied into channels [offset, offset + C) of y

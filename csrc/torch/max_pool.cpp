@@ -190,12 +190,12 @@ void max_pool_backward_cuda(const char* op, const cpu::MaxPoolShape& shape, cons
 
 #endif  // INCEPTION_EXT_CUDA_VERSION
 
-std::tuple<Tensor, Tensor> max_pool_forward(Tensor x, Pair kernel, Pair stride, Pair padding,
-                                            bool ceil_mode, bool with_argmax) {
-  static constexpr const char* op = "max_pool_forward";
+// Where x and the window are checked, the shape of the pool with torch's output size.
+cpu::MaxPoolShape checked_shape(const char* op, const Tensor& x, const Pair& kernel,
+                                const Pair& stride, const Pair& padding, bool ceil_mode) {
   check_activation(op, "x", x);
   check_window(op, kernel, stride, padding, on_cuda(x));
-  cpu::MaxPoolShape shape{
+  return {
       .n = x.size(0),
       .h = x.size(2),
       .w = x.size(3),
@@ -208,20 +208,46 @@ std::tuple<Tensor, Tensor> max_pool_forward(Tensor x, Pair kernel, Pair stride, 
       .stride_w = stride[1],
       .padding_h = padding[0],
       .padding_w = padding[1]};
-  const Tensor input = by_pixels(x);
+}
+
+// y, and argmax unless it is empty; x and y by pixels.
+void max_pool_into(const char* op, const cpu::MaxPoolShape& shape, const Tensor& x, const Tensor& y,
+                   const Tensor& argmax) {
+#ifdef INCEPTION_EXT_CUDA_VERSION
+  if (on_cuda(x)) {
+    max_pool_forward_cuda(op, shape, x, y, argmax);
+    return;
+  }
+#endif
+  uint8_t* indices = argmax.numel() > 0 ? static_cast<uint8_t*>(argmax.data_ptr()) : nullptr;
+  max_pool_pixels(shape, Pixels(x), Pixels(y), indices, x.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> max_pool_forward(Tensor x, Pair kernel, Pair stride, Pair padding,
+                                            bool ceil_mode, bool with_argmax) {
+  static constexpr const char* op = "max_pool_forward";
+  const auto shape = checked_shape(op, x, kernel, stride, padding, ceil_mode);
   Tensor y = empty_nhwc(x, shape.n, shape.c, shape.out_h, shape.out_w);
   Tensor argmax = with_argmax
                       ? empty_nhwc(x, shape.n, shape.c, shape.out_h, shape.out_w, ScalarType::Byte)
                       : empty_vector(x, 0, ScalarType::Byte);
-#ifdef INCEPTION_EXT_CUDA_VERSION
-  if (on_cuda(x)) {
-    max_pool_forward_cuda(op, shape, input, y, argmax);
-    return {y, argmax};
-  }
-#endif
-  uint8_t* indices = with_argmax ? static_cast<uint8_t*>(argmax.data_ptr()) : nullptr;
-  max_pool_pixels(shape, Pixels(input), Pixels(y), indices, x.scalar_type());
+  max_pool_into(op, shape, by_pixels(x), y, argmax);
   return {y, argmax};
+}
+
+void max_pool_out(Tensor x, Pair kernel, Pair stride, Pair padding, bool ceil_mode, Tensor y) {
+  static constexpr const char* op = "max_pool_out";
+  const auto shape = checked_shape(op, x, kernel, stride, padding, ceil_mode);
+  Argument{op, "y", y}
+      .is_dense_of(on_cuda(x))
+      .has_shape({shape.n, shape.c, shape.out_h, shape.out_w})
+      .has_dtype({x.scalar_type()});
+  if (y.numel() == 0) return;
+  if (!pixel_stride(y)) {
+    fail(op, "y", "expected channels_last or a channel slice of it, got shape ", shape_text(y),
+         " with strides ", strides_text(y));
+  }
+  max_pool_into(op, shape, by_pixels(x), y, empty_vector(x, 0, ScalarType::Byte));
 }
 
 Tensor max_pool_backward(Tensor grad, Tensor argmax, Pair input_size, Pair kernel, Pair stride,
@@ -274,12 +300,14 @@ Tensor max_pool_backward(Tensor grad, Tensor argmax, Pair input_size, Pair kerne
 STABLE_TORCH_LIBRARY_IMPL(INCEPTION_EXT_OPS, CPU, m) {
   m.impl("max_pool_forward", TORCH_BOX(&max_pool_forward));
   m.impl("max_pool_backward", TORCH_BOX(&max_pool_backward));
+  m.impl("max_pool_out", TORCH_BOX(&max_pool_out));
 }
 
 #ifdef INCEPTION_EXT_CUDA_VERSION
 STABLE_TORCH_LIBRARY_IMPL(INCEPTION_EXT_OPS, CUDA, m) {
   m.impl("max_pool_forward", TORCH_BOX(&max_pool_forward));
   m.impl("max_pool_backward", TORCH_BOX(&max_pool_backward));
+  m.impl("max_pool_out", TORCH_BOX(&max_pool_out));
 }
 #endif
 
