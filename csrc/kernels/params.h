@@ -63,4 +63,29 @@ struct MaxPoolBackwardParams {
   bool accumulate;  // false: grad_x = result (zeros included); true: grad_x += result
 };
 
+struct GlobalAvgPoolParams {
+  const void* x;     // [N, H * W, C], dtype
+  void* y;           // [N, C], dtype
+  int64_t x_stride;  // elements from one pixel to the next; images follow without a gap
+  int64_t y_stride;  // elements from one image to the next
+  int64_t batch;     // N
+  int64_t pixels;    // H * W
+  int64_t channels;  // C
+  DType dtype;
+};
+
+struct LrnParams {
+  const void* x;     // [N * H * W, C], dtype
+  void* y;           // [N * H * W, C], dtype
+  int64_t x_stride;  // elements from one pixel to the next
+  int64_t y_stride;
+  int64_t pixels;    // N * H * W
+  int64_t channels;  // C
+  int32_t size;      // channels in a window
+  float alpha;
+  float beta;
+  float k;
+  DType dtype;
+};
+
 }  // namespace inception_ext::kernels

@@ -9,6 +9,7 @@
 #ifdef INCEPTION_EXT_CUDA_VERSION
 #include "kernels/max_pool.h"
 #include "torch/cuda_launch.h"
+#include "torch/kernel_params.h"
 #include "torch/stable.h"
 #endif
 
@@ -121,26 +122,10 @@ void check_activation(const char* op, const char* name, const Tensor& x) {
 
 #ifdef INCEPTION_EXT_CUDA_VERSION
 
-kernels::DType kernel_dtype(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Half:
-      return kernels::DType::kFloat16;
-    case ScalarType::BFloat16:
-      return kernels::DType::kBFloat16;
-    default:
-      return kernels::DType::kFloat32;
-  }
-}
-
 kernels::PoolWindow kernel_window(const cpu::MaxPoolShape& shape) {
   return {static_cast<int32_t>(shape.kernel_h),  static_cast<int32_t>(shape.kernel_w),
           static_cast<int32_t>(shape.stride_h),  static_cast<int32_t>(shape.stride_w),
           static_cast<int32_t>(shape.padding_h), static_cast<int32_t>(shape.padding_w)};
-}
-
-// Rows and images follow one another without a gap.
-kernels::PixelStrides pixel_strides(const Pixels& x, int64_t h, int64_t w) {
-  return {h * w * x.stride, w * x.stride, x.stride};
 }
 
 void max_pool_forward_cuda(const char* op, const cpu::MaxPoolShape& shape, const Tensor& x,
