@@ -19,7 +19,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from inception_ext._version import __version__
 
-__all__ = ["build_info", "covering_architecture", "is_available", "load_error", "why_not_on"]
+__all__ = [
+    "build_info",
+    "covering_architecture",
+    "is_available",
+    "load_error",
+    "pool_size",
+    "why_not_on",
+]
 
 _load_error: str | None = None
 try:
@@ -161,7 +168,8 @@ def _in_layout_of(weight: Tensor) -> Tensor:
     return _nhwc(weight, *weight.shape) if is_nhwc else weight.new_empty(weight.shape)
 
 
-def _pool_size(size: Any, kernel: int, stride: int, padding: int, ceil_mode: bool) -> Any:
+def pool_size(size: Any, kernel: int, stride: int, padding: int, ceil_mode: bool) -> Any:
+    """Height or width of a max pool's output, by torch's rule; below 1 there is none."""
     if not ceil_mode:
         return (size + 2 * padding - kernel) // stride + 1
     # In ceil mode the last window must start inside the input or its left padding.
@@ -179,7 +187,7 @@ def _max_pool_forward_fake(
 ) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     p, q = (
-        _pool_size(size, kernel_size[i], stride[i], padding[i], ceil_mode)
+        pool_size(size, kernel_size[i], stride[i], padding[i], ceil_mode)
         for i, size in enumerate((h, w))
     )
     y = _nhwc(x, n, c, p, q)

@@ -9,7 +9,10 @@ from torch.nn.modules.module import _has_any_global_hook
 __all__ = ["Watch"]
 
 # Attributes of layers that the fused steps read.
-_SETTINGS = ("eps", "stride", "padding", "dilation", "groups", "padding_mode")
+_SETTINGS = (
+    *("eps", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+    *("ceil_mode", "return_indices", "output_size", "size", "alpha", "beta", "k"),
+)
 
 
 class Watch:

@@ -7,12 +7,15 @@ frozen model always computes what the model computes in evaluation mode.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from inception_ext import functional
+from inception_ext import _library, functional
 from inception_ext._frozen import BODY, STEM, Frozen
+from inception_ext._frozen_cuda import FusedNetwork
+from inception_ext._images import Images, check_images
 from inception_ext._watch import Watch
 
 __all__ = ["Engine", "freeze"]
@@ -88,6 +91,7 @@ class Engine:
         self._asked_dtype = dtype
         self._mean, self._std = tuple(mean), tuple(std)
         self._watch: Watch | None = None
+        self._networks: dict[Any, Frozen | FusedNetwork]
         self.refresh()
 
     def refresh(self) -> None:
@@ -96,15 +100,26 @@ class Engine:
         weight = next(self.model.parameters())
         self.device = weight.device
         self.dtype = self._asked_dtype or weight.dtype
-        supported = _CPU_DTYPES if self.device.type == "cpu" else (torch.float16, *_CPU_DTYPES)
+        on_cpu = _library.device_type(weight) == "cpu"
+        supported = _CPU_DTYPES if on_cpu else (torch.float16, *_CPU_DTYPES)
         if self.dtype not in supported:
             names = " or ".join(str(d) for d in supported)
             raise ValueError(
                 f"freeze: dtype: expected {names} on {self.device.type}, got {self.dtype}"
             )
-        with torch.no_grad():
-            self._network = Frozen(self.model, self.dtype, weight.dtype)
+        self._model_dtype = weight.dtype
+        self._networks = {}
+        self._network = self._network_for(weight)
         self._watch = watch
+
+    def _network_for(self, x: Tensor) -> Frozen | FusedNetwork:
+        """The network in kernels or, where these do not take x, in PyTorch's operations."""
+        kind = FusedNetwork if functional.why_inference_reference(x, self.dtype) is None else Frozen
+        networks = self._networks
+        if kind not in networks:
+            with torch.no_grad():
+                networks[kind] = kind(self.model, self.dtype, self._model_dtype)
+        return networks[kind]
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits ``[N, num_classes]`` of ``images``.
@@ -118,48 +133,34 @@ class Engine:
                 another device than the model's.
         """
         assert self._watch is not None
-        if self._watch.changed():
+        if not torch.compiler.is_compiling() and self._watch.changed():
             self.refresh()
         # Autocast is for models that leave their dtypes open.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return self._network(self._load(images))
+            given = self._images(images)
+            network = self._network_for(given.pixels)
+            if isinstance(network, FusedNetwork):
+                return network(given)
+            return network(self._to_nhwc(given))
+
+    def _images(self, images: Tensor) -> Images:
+        pixels = check_images(images, self.device)
+        return Images(pixels, *self._affine(pixels.dtype == torch.uint8))
 
     def _load(self, images: Tensor) -> Tensor:
         """Images of any accepted kind to ``[N, 3, H, W]``, channels_last, normalised."""
-        if not isinstance(images, Tensor) or images.layout != torch.strided:
-            what = images.layout if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"engine: images: expected a dense Tensor, got {what}")
-        if type(images) is not Tensor:
-            images = images.as_subclass(Tensor)  # such as torchvision's tv_tensors.Image
-        if images.dim() != 4:
-            raise ValueError(
-                f"engine: images: expected 4D input (got {images.dim()}D input) of shape "
-                "[N, 3, H, W] or [N, H, W, 3]"
-            )
-        if images.shape[1] != 3 and images.shape[3] == 3:
-            images = images.permute(0, 3, 1, 2)
-        if images.shape[1] != 3:
-            raise ValueError(
-                "engine: images: expected shape [N, 3, H, W] or [N, H, W, 3], "
-                f"got {list(images.shape)}"
-            )
-        if images.device != self.device:
-            raise RuntimeError(
-                f"engine: images: expected device {self.device}, got {images.device}"
-            )
-        if images.dtype != torch.uint8 and not images.is_floating_point():
-            raise TypeError(f"engine: images: expected uint8 or floating, got {images.dtype}")
-        scale, shift = self._affine(images.dtype == torch.uint8)
-        kernel_takes = images.dtype in (torch.uint8, *_CPU_DTYPES) and self.dtype in _CPU_DTYPES
-        if functional.why_unavailable() is None and images.device.type == "cpu" and kernel_takes:
-            return torch.ops.inception_ext.image_to_nhwc(images, scale, shift, self.dtype)
-        x = images.float()
-        if (scale, shift) != _IDENTITY:
-            vectors = [torch.tensor(v, device=x.device).view(3, 1, 1) for v in (scale, shift)]
-            x = x * vectors[0] + vectors[1]
-        return x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        return self._to_nhwc(self._images(images))
 
-    def _affine(self, is_uint8: bool) -> tuple[list[float], list[float]]:
+    def _to_nhwc(self, images: Images) -> Tensor:
+        x = images.pixels
+        kernel_takes = x.dtype in (torch.uint8, *_CPU_DTYPES) and self.dtype in _CPU_DTYPES
+        if functional.why_unavailable() is None and x.device.type == "cpu" and kernel_takes:
+            return torch.ops.inception_ext.image_to_nhwc(
+                x, list(images.scale), list(images.shift), self.dtype
+            )
+        return images.to_nhwc(self.dtype)
+
+    def _affine(self, is_uint8: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Scale and shift per channel that bring an image to what the first convolution reads.
 
         ``transform_input`` belongs here, before the convolution pads with zeros, and not in its
@@ -174,7 +175,7 @@ class Engine:
                 ratio = IMAGENET_STD[c] / 0.5
                 scale[c] *= ratio
                 shift[c] = shift[c] * ratio + (IMAGENET_MEAN[c] - 0.5) / 0.5
-        return scale, shift
+        return tuple(scale), tuple(shift)
 
     def __repr__(self) -> str:
         fused, steps = self._network.count_fused()
@@ -182,6 +183,3 @@ class Engine:
             f"Engine({type(self.model).__name__}, {self.dtype}, {self.device}, "
             f"{fused} of {steps} steps fused)"
         )
-
-
-_IDENTITY = ([1.0] * 3, [0.0] * 3)

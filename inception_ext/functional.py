@@ -20,7 +20,7 @@ from inception_ext import _library, autograd, reference
 __all__ = ["batch_norm_relu", "inception", "max_pool", "use_kernels", "why_reference"]
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
-_CUDA_POOL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PLAIN_TYPES = {Tensor, nn.Parameter}
 
 _enabled = os.environ.get("INCEPTION_EXT_DISABLE", "0") != "1"
@@ -59,14 +59,10 @@ def why_reference(x: Tensor) -> str | None:
         return f"input is a {type(x).__name__}, not a plain Tensor"
     if _has_any_global_hook():
         return "a hook on all modules"
-    if torch.jit.is_tracing():
-        return "torch.jit.trace"
     if torch.compiler.is_exporting():
         return "torch.export"
-    if _in_functorch():
-        return "a functorch transform (vmap, grad, jvp, ...) is active"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
+    if (reason := _why_transformed()) is not None:
+        return reason
     if x.dim() != 4:
         return f"input is {x.dim()}-D, not 4-D"
     if _library.device_type(x) != "cpu":
@@ -76,6 +72,33 @@ def why_reference(x: Tensor) -> str | None:
     if x.layout != torch.strided:
         return f"no kernel for layout {x.layout}"
     return None
+
+
+def _why_transformed() -> str | None:
+    """Why what runs is not only to compute, or None."""
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    if _in_functorch():
+        return "a functorch transform (vmap, grad, jvp, ...) is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    return None
+
+
+def why_inference_reference(x: Tensor, dtype: torch.dtype) -> str | None:
+    """As :func:`why_reference`, for inference with folded weights.
+
+    Args:
+        x: any tensor on the device that is to compute.
+        dtype: of the computation.
+    """
+    if (reason := why_unavailable() or _why_transformed()) is not None:
+        return reason
+    if _library.device_type(x) != "cuda":
+        return f"no kernel for device {_library.device_type(x)}"
+    if dtype not in _CUDA_DTYPES:
+        return f"no kernel for dtype {dtype} on cuda"
+    return _why_not_on(x.device) if x.is_cuda else None
 
 
 @torch.compiler.assume_constant_result  # while tracing; torch.compile guards the stack itself
@@ -155,7 +178,7 @@ def why_pool_reference(
         return "a window that is not two integers"
     reason = why_reference(x)
     if reason == "no kernel for device cuda":
-        if x.dtype not in _CUDA_POOL_DTYPES:
+        if x.dtype not in _CUDA_DTYPES:
             return f"no kernel for dtype {x.dtype} on cuda"
         if x.is_cuda and (reason := _why_not_on(x.device)) is not None:
             return reason
