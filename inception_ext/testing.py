@@ -35,7 +35,11 @@ def emulator_error() -> str | None:
 
 @contextmanager
 def emulated(
-    seed: int = 0, checks: bool = True, counting: bool = True, workers: int = 0
+    seed: int = 0,
+    checks: bool = True,
+    counting: bool = True,
+    workers: int = 0,
+    **device: int,
 ) -> Iterator[list[dict[str, Any]]]:
     """Serves CPU tensors with the CUDA kernels, for the whole process, within a block.
 
@@ -45,6 +49,8 @@ def emulated(
         checks: Whether to look for races, accesses out of bounds and unwritten values.
         counting: Whether to count.
         workers: Host threads that run blocks at the same time; 0: one a core.
+        **device: Of the device: ``capability`` (90; 75 has neither cp.async nor the larger
+            products), ``multiprocessors`` (132), ``shared_limit`` (bytes a block, 227 KiB).
 
     Yields:
         A list. When the block ends it gets one dict a launch, in order: ``kernel``, ``op``,
@@ -63,7 +69,7 @@ def emulated(
     launches: list[dict[str, Any]] = []
     settings = _emulator.get_settings()
     _emulator.take_launches()
-    _emulator.set_settings(seed=seed, checks=checks, counting=counting, workers=workers)
+    _emulator.set_settings(seed=seed, checks=checks, counting=counting, workers=workers, **device)
     before = _library.set_emulated(True)
     try:
         yield launches

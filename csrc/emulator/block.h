@@ -37,6 +37,7 @@ struct LaunchPlan {
   uint64_t seed;
   bool checks;
   bool counting;
+  int capability;
   Scope* scope;               // may be nullptr
   void (*body)(const void*);  // runs the kernel as the current thread
   const void* arguments;

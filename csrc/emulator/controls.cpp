@@ -34,7 +34,8 @@ py::dict to_dict(const LaunchRecord& record) {
 py::dict get_settings() {
   const Settings s = settings();
   return py::dict("seed"_a = s.seed, "checks"_a = s.checks, "counting"_a = s.counting,
-                  "workers"_a = s.workers, "shared_limit"_a = s.shared_limit);
+                  "workers"_a = s.workers, "capability"_a = s.capability,
+                  "multiprocessors"_a = s.multiprocessors, "shared_limit"_a = s.shared_limit);
 }
 
 // Those that are given; the others stay.
@@ -50,6 +51,10 @@ void change_settings(const py::kwargs& changes) {
       s.counting = py::cast<bool>(value);
     } else if (name == "workers") {
       s.workers = py::cast<int>(value);
+    } else if (name == "capability") {
+      s.capability = py::cast<int>(value);
+    } else if (name == "multiprocessors") {
+      s.multiprocessors = py::cast<int>(value);
     } else if (name == "shared_limit") {
       s.shared_limit = py::cast<size_t>(value);
     } else {
@@ -69,8 +74,9 @@ py::list launches() {
 
 void bind_controls(py::module_& module) {
   module.def("get_settings", &get_settings, "The settings in force.");
-  module.def("set_settings", &change_settings,
-             "Changes seed, checks, counting, workers or shared_limit.");
+  module.def(
+      "set_settings", &change_settings,
+      "Changes seed, checks, counting, workers, capability, multiprocessors or shared_limit.");
   module.def("take_launches", &launches, "What was launched since the last call, in order.");
 }
 

@@ -18,6 +18,8 @@ uint3 block_index() { return Block::current().index(); }
 dim3 block_extent() { return Block::current().plan().block; }
 dim3 grid_extent() { return Block::current().plan().grid; }
 
+int compute_capability() { return Block::current().plan().capability; }
+
 void sync_block(Place place) {
   Block::current().wait_for({.kind = WaitKind::kBlock, .mask = kFullWarp, .place = place}, nullptr);
 }

@@ -42,8 +42,14 @@ void write_shared(const void* pointer, size_t bytes, Place place);
 void read_global(const void* pointer, size_t bytes, Place place);
 void write_global(const void* pointer, size_t bytes, Place place);
 
+// Of the device that is emulated: 75, 80, 90 and so on.
+int compute_capability();
+
+// Before an atomic addition to global memory.
+void update_global(const void* pointer, size_t bytes, Place place);
+
 // cp.async: `bytes` of shared memory become `valid` bytes from global memory and zeros, when the
-// thread waits for the group that the copy was committed to.
+// thread waits for the group that the copy was committed to; at once below compute capability 8.0.
 void copy_async(void* shared, const void* global, int bytes, int valid, Place place);
 void commit_copies();
 // Completes all committed groups but the newest `pending`.

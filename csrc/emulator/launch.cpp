@@ -118,6 +118,7 @@ cudaError_t run_kernel(const void* kernel, const GridAt& grid_at, dim3 block, si
                         settings.seed,
                         settings.checks,
                         settings.counting,
+                        settings.capability,
                         scope,
                         body,
                         arguments,

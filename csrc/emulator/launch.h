@@ -13,11 +13,14 @@ namespace inception_ext::emulator {
 
 // For the whole process.
 struct Settings {
-  uint64_t seed = 0;                // of the order in which blocks, warps and lanes take turns
-  bool checks = true;               // races, bounds, alignment, unwritten values
-  bool counting = true;             // LaunchRecords
-  int workers = 0;                  // host threads; 0: one a core
-  size_t shared_limit = 227 << 10;  // bytes a block, as on compute capability 9.0
+  uint64_t seed = 0;     // of the order in which blocks, warps and lanes take turns
+  bool checks = true;    // races, bounds, alignment, unwritten values
+  bool counting = true;  // LaunchRecords
+  int workers = 0;       // host threads; 0: one a core
+  // Of the device, here an H100.
+  int capability = 90;
+  int multiprocessors = 132;
+  size_t shared_limit = 227 << 10;  // bytes a block
 };
 Settings settings();
 void set_settings(const Settings& settings);

@@ -1,5 +1,6 @@
 #include "memory_access.h"
 
+#include <cstring>
 #include <sstream>
 
 #include "global_memory.h"
@@ -105,18 +106,28 @@ void write_global(const void* pointer, size_t bytes, Place place) {
   check_global(Block::current(), pointer, bytes, bytes, true, place);
 }
 
+void update_global(const void* pointer, size_t bytes, Place place) {
+  read_global(pointer, bytes, place);
+  write_global(pointer, bytes, place);
+}
+
 void copy_async(void* shared, const void* global, int bytes, int valid, Place place) {
   Block& block = Block::current();
   if (valid > 0) check_global(block, global, valid, bytes, false, place);
   Access access = access_of(block, place, block.clocks());
-  access.in_flight = true;
+  access.in_flight = compute_capability() >= 80;
   check_shared(block, shared, bytes, true, access);
   if (block.plan().counting) {
     const auto offset = static_cast<const char*>(shared) - block.shared().data();
     block.warp_accesses().add(block.lane(), static_cast<uint32_t>(offset), bytes, place,
                               block.counts());
   }
-  block.copies().start({static_cast<char*>(shared), global, bytes, valid, place});
+  if (access.in_flight) {
+    block.copies().start({static_cast<char*>(shared), global, bytes, valid, place});
+  } else {
+    if (valid > 0) std::memcpy(shared, global, valid);
+    std::memset(static_cast<char*>(shared) + valid, 0, bytes - valid);
+  }
 }
 
 void commit_copies() { Block::current().copies().commit(); }

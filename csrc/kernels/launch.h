@@ -15,13 +15,40 @@
 
 namespace inception_ext::kernels {
 
+// What the current device has, where it decides which kernel runs and in what tiles.
+struct DeviceLimits {
+  int capability;       // 75, 80, 90 and so on
+  int multiprocessors;  // 132 on an H100
+  int shared_bytes;     // of shared memory that one block may use
+};
+
 #ifdef INCEPTION_EXT_EMULATE
+
+inline cudaError_t device_limits(DeviceLimits& limits) {
+  const emulator::Settings settings = emulator::settings();
+  limits = {settings.capability, settings.multiprocessors, static_cast<int>(settings.shared_limit)};
+  return cudaSuccess;
+}
 
 using emulator::launch;
 using emulator::launch_dependent;
 using emulator::note_useful_macs;
 
 #else
+
+inline cudaError_t device_limits(DeviceLimits& limits) {
+  int device = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const auto read = [&](int& value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
+  };
+  read(major, cudaDevAttrComputeCapabilityMajor);
+  read(minor, cudaDevAttrComputeCapabilityMinor);
+  read(limits.multiprocessors, cudaDevAttrMultiProcessorCount);
+  read(limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  limits.capability = 10 * major + minor;
+  return error;
+}
 
 namespace detail {
 

@@ -88,4 +88,55 @@ struct LrnParams {
   DType dtype;
 };
 
+// Channels of a convolution's output that lie in one tensor, from the channel on where the segment
+// before it ends.
+struct ConvSegment {
+  void* y;         // [N, P, Q, channels], dtype
+  int64_t stride;  // elements from one pixel to the next
+  int32_t channels;
+};
+
+// conv + bias + ReLU. Its pixels m = (n * P + p) * Q + q are the rows of a GEMM, its filters k the
+// columns, and the products run over (r, s, c).
+struct ConvProblem {
+  const void* x;       // [N, H, W, C], dtype
+  const void* weight;  // [K, R * S * C rounded up to 8], dtype; the rest of a row is not used
+  const float* bias;   // [K]
+  int64_t x_stride;    // elements from one pixel to the next; rows and images follow without a gap
+  int32_t batch;       // N
+  int32_t input_h;     // H
+  int32_t input_w;     // W
+  int32_t channels;    // C
+  int32_t output_h;    // P
+  int32_t output_w;    // Q
+  int32_t filters;     // K
+  int32_t kernel_h;    // R
+  int32_t kernel_w;    // S
+  int32_t stride_h;
+  int32_t stride_w;
+  int32_t padding_h;
+  int32_t padding_w;
+  // Reads the 3x3 max pool of x (stride 1, padding 1) in the place of x. Only for 1x1, stride 1.
+  bool max_pool;
+  bool relu;
+  int32_t segments;  // that hold the K channels
+  ConvSegment segment[3];
+};
+
+constexpr int kMaxConvSide = 1 << 14;  // H + 2 * padding_h, W + 2 * padding_w, R and S
+constexpr int kMaxConvProblems = 8;
+constexpr int kMaxConvSegments = 3;
+// The memory that split-K takes: counters, which start as 0 and are left so, then partial sums.
+constexpr int64_t kConvCounterBytes = 16 << 10;
+constexpr int64_t kConvPartialBytes = 16 << 20;
+
+struct ConvGroupParams {
+  ConvProblem problem[kMaxConvProblems];
+  int32_t problems;
+  DType dtype;
+  bool exact;         // float32 products in fp32; else on tensor cores, rounded to TF32
+  int32_t* counters;  // kConvCounterBytes; may be nullptr: then K is not split
+  float* partials;    // kConvPartialBytes
+};
+
 }  // namespace inception_ext::kernels

@@ -4,14 +4,12 @@
 
 #include <cuda_runtime_api.h>
 
-#include <initializer_list>
+#include <vector>
 
 #include "emulator/use.h"
 #include "torch/checks.h"
 
 #ifdef INCEPTION_EXT_EMULATE
-
-#include <vector>
 
 #include "emulator/global_memory.h"
 
@@ -29,6 +27,19 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace inception_ext {
 
+// Makes a tensor's device the current one.
+class OnDeviceOf {
+ public:
+#ifdef INCEPTION_EXT_EMULATE
+  explicit OnDeviceOf(const Tensor&) {}
+#else
+  explicit OnDeviceOf(const Tensor& tensor) : guard_(tensor.get_device_index()) {}
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
 // A tensor that an op's kernels get, all of it that they may touch.
 struct Operand {
   const char* name;
@@ -41,7 +52,7 @@ struct Operand {
 // an access to anything else and, once launch has returned, what Use::kWrite promised and nobody
 // wrote.
 template <typename Launch>
-void launch_kernels(const char* op, std::initializer_list<Operand> operands, const Launch& launch) {
+void launch_kernels(const char* op, const std::vector<Operand>& operands, const Launch& launch) {
 #ifdef INCEPTION_EXT_EMULATE
   std::vector<emulator::Operand> declared;
   for (const auto& [name, tensor, use] : operands) {
@@ -59,8 +70,8 @@ void launch_kernels(const char* op, std::initializer_list<Operand> operands, con
   if (error != cudaSuccess) fail(op, "launch", "cudaError_t ", static_cast<int>(error));
   scope.check_complete();
 #else
-  const int32_t device = operands.begin()->tensor.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  const int32_t device = operands.front().tensor.get_device_index();
+  const OnDeviceOf guard(operands.front().tensor);
   if (!aoti_torch_get_current_cuda_stream) {
     fail(op, "device", "expected a torch with CUDA, got one without");
   }

@@ -282,6 +282,15 @@ Tensor max_pool_backward(Tensor grad, Tensor argmax, Pair input_size, Pair kerne
 
 }  // namespace
 
+#ifdef INCEPTION_EXT_CUDA_VERSION
+Tensor same_size_max_pool_cuda(const char* op, const Tensor& x) {
+  const cpu::MaxPoolShape shape = same_size_pool(x);
+  Tensor y = empty_nhwc(x, shape.n, shape.c, shape.out_h, shape.out_w);
+  max_pool_forward_cuda(op, shape, x, y, empty_vector(x, 0, ScalarType::Byte));
+  return y;
+}
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(INCEPTION_EXT_OPS, CPU, m) {
   m.impl("max_pool_forward", TORCH_BOX(&max_pool_forward));
   m.impl("max_pool_backward", TORCH_BOX(&max_pool_backward));

@@ -1,4 +1,4 @@
-// Max pooling on the CPU, in terms of pixel slices: shared by the max_pool and inception ops.
+// Max pooling as other ops use it; on the CPU in terms of pixel slices.
 #pragma once
 
 #include "cpu/max_pool.h"
@@ -17,5 +17,8 @@ void max_pool_pixels(const cpu::MaxPoolShape& shape, const Pixels& x, const Pixe
 void max_pool_backward_pixels(const cpu::MaxPoolShape& shape, const Pixels& grad,
                               const uint8_t* argmax, const Pixels& dx, bool accumulate,
                               ScalarType dtype);
+
+// The same forward, by the CUDA kernel.
+Tensor same_size_max_pool_cuda(const char* op, const Tensor& x);
 
 }  // namespace inception_ext

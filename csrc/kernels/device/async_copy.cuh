@@ -13,8 +13,9 @@
 namespace inception_ext::kernels {
 
 // kBytes (4, 8 or 16) of shared memory become the first `valid` bytes at `global`, then zeros.
-// Both pointers are aligned to kBytes; `global` is not read where `valid` is 0.
-template <int kBytes>
+// Both pointers are aligned to kBytes; `global` is not read where `valid` is 0. kKeep: in the L1
+// cache too, for what the block will read again; else 16 bytes go past it.
+template <int kBytes, bool kKeep = false>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int valid = kBytes,
                                            Place place = Place::current()) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
@@ -31,7 +32,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
   }
 #else
   const uint32_t address = shared_address(shared);
-  if constexpr (kBytes == 16) {  // past the L1 cache
+  if constexpr (kBytes == 16 && !kKeep) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
                  "r"(valid)
                  : "memory");

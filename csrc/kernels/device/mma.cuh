@@ -62,7 +62,22 @@ __device__ __forceinline__ void load_matrices(uint32_t (&registers)[kCount], con
 #endif
 }
 
-// c += a * b, m16n8k16, T = __half or __nv_bfloat16 (sm_80 and later).
+// c += a * b, m16n8k8, fp16 (sm_75 and later): the first half of the m16n8k16 registers.
+__device__ __forceinline__ void mma_m16n8k8(float (&c)[4], const uint32_t (&a)[2], uint32_t b,
+                                            Place place = Place::current()) {
+#ifdef INCEPTION_EXT_EMULATE
+  emulator::mma(emulator::MmaShape::kM16N8K8Half, c, a, &b, place);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+#endif
+}
+
+// c += a * b, m16n8k16, T = __half or __nv_bfloat16. sm_75 multiplies __half in two halves of k,
+// and has no __nv_bfloat16: launchers do not choose it there.
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2],
@@ -71,7 +86,19 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
   static_assert(kHalf || std::is_same_v<T, __nv_bfloat16>);
 #ifdef INCEPTION_EXT_EMULATE
   using emulator::MmaShape;
-  emulator::mma(kHalf ? MmaShape::kM16N8K16Half : MmaShape::kM16N8K16Bfloat16, c, a, b, place);
+  if (kHalf && emulator::compute_capability() < 80) {
+    mma_m16n8k8(c, {a[0], a[1]}, b[0], place);
+    mma_m16n8k8(c, {a[2], a[3]}, b[1], place);
+  } else {
+    emulator::mma(kHalf ? MmaShape::kM16N8K16Half : MmaShape::kM16N8K16Bfloat16, c, a, b, place);
+  }
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  if constexpr (kHalf) {
+    mma_m16n8k8(c, {a[0], a[1]}, b[0]);
+    mma_m16n8k8(c, {a[2], a[3]}, b[1]);
+  } else {
+    __trap();
+  }
 #else
   if constexpr (kHalf) {
     asm volatile(
@@ -89,24 +116,12 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
 #endif
 }
 
-// c += a * b, m16n8k8, fp16 (sm_75 and later): the first half of the m16n8k16 registers.
-__device__ __forceinline__ void mma_m16n8k8(float (&c)[4], const uint32_t (&a)[2], uint32_t b,
-                                            Place place = Place::current()) {
-#ifdef INCEPTION_EXT_EMULATE
-  emulator::mma(emulator::MmaShape::kM16N8K8Half, c, a, &b, place);
-#else
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b));
-#endif
-}
-
 // float -> tf32, rounded to nearest, ties away from zero (sm_80 and later).
 __device__ __forceinline__ uint32_t to_tf32(float value) {
 #ifdef INCEPTION_EXT_EMULATE
   return emulator::round_to_tf32(value);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  return __float_as_uint(value);
 #else
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
@@ -122,6 +137,8 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (
                                                  Place place = Place::current()) {
 #ifdef INCEPTION_EXT_EMULATE
   emulator::mma(emulator::MmaShape::kM16N8K8Tf32, c, a, b, place);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  __trap();  // launchers do not choose it there
 #else
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "

@@ -1,0 +1,7 @@
+#include "conv_group.cuh"
+
+namespace inception_ext::kernels {
+
+template cudaError_t run_conv_group<TensorMath<float>>(const ConvGroupLaunch&, cudaStream_t);
+
+}  // namespace inception_ext::kernels
