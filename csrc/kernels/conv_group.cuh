@@ -17,112 +17,15 @@
 #include "conv_group_launch.h"
 #include "device/conv_loader.cuh"
 #include "device/pool_prologue.cuh"
+#include "device/split_sums.cuh"
 #include "device/sync.cuh"
 #include "device/tensor_math.cuh"
 #include "device/tile_store.cuh"
+#include "device/warp_tile.cuh"
 #include "launch.h"
 #include "tile_plan.h"
 
 namespace inception_ext::kernels {
-
-// The accumulators of one thread, and the products of the warp that it belongs to.
-template <typename Math, TileShape kShape>
-struct WarpTile {
-  using T = typename Math::Element;
-  static constexpr int kM = kShape.m_fragments, kN = kShape.n_fragments;
-
-  float sum[kM][kN][4] = {};
-  int row;      // of the block's tile
-  int column;   // likewise
-  int m_count;  // fragments that hold a pixel
-  int n_count;  // fragments that hold a filter
-
-  __device__ __forceinline__ WarpTile(int32_t rows, int32_t n_units) {
-    const int warp = threadIdx.x / 32;
-    const int units = kShape.warps_n == 1 || warp % kShape.warps_n == 0
-                          ? (n_units + kShape.warps_n - 1) / kShape.warps_n
-                          : n_units / 2;
-    row = warp / kShape.warps_n * kM * 16;
-    column = warp % kShape.warps_n * ((n_units + 1) / 2) * 8;
-    m_count = rows <= row ? 0 : (rows - row + 15) / 16;
-    n_count = units;
-  }
-
-  // Adds a step of K, of which `k` elements count.
-  __device__ __forceinline__ void multiply(const char* a_tile, const char* b_tile, int32_t k) {
-#pragma unroll
-    for (int step = 0; step < kRowChunks / Math::kStepChunks; ++step) {
-      if (step * Math::kStepK >= k) break;
-      typename Math::A a[kM];
-#pragma unroll
-      for (int i = 0; i < kM; ++i) {
-        if (i < m_count) Math::load_a(a[i], a_tile, row + 16 * i, step);
-      }
-#pragma unroll
-      for (int pair = 0; pair < kN / 2; ++pair) {
-        if (2 * pair >= n_count) break;
-        typename Math::B b;
-        Math::load_b(b, b_tile, column + 16 * pair, step);
-#pragma unroll
-        for (int i = 0; i < kM; ++i) {
-          if (i < m_count) Math::multiply(sum[i][2 * pair], a[i], b, 0);
-        }
-        if (2 * pair + 1 < n_count) {
-#pragma unroll
-          for (int i = 0; i < kM; ++i) {
-            if (i < m_count) Math::multiply(sum[i][2 * pair + 1], a[i], b, 1);
-          }
-        }
-      }
-    }
-  }
-
-  // Calls function(vector index, sum[i][j]) for the fragments that hold something.
-  template <typename Function>
-  __device__ __forceinline__ void for_each(const Function& function) {
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-#pragma unroll
-      for (int j = 0; j < kN; ++j) {
-        if (i < m_count && j < n_count) function(i * kN + j, sum[i][j]);
-      }
-    }
-  }
-};
-
-// The sums of all splits of a tile, in the block that comes last; false in the others. `shared` is
-// four bytes that nobody reads any more.
-template <typename Math, TileShape kShape>
-__device__ __forceinline__ bool add_splits(WarpTile<Math, kShape>& warp, const Tile& tile,
-                                           int32_t* counters, float* partials, int32_t* shared) {
-  using Sum = Vector<float, 4>;
-  constexpr int kVectors = kShape.m_fragments * kShape.n_fragments * kTileThreads;
-  Sum* const first = reinterpret_cast<Sum*>(partials) + int64_t{tile.partial} * kVectors;
-  warp.for_each([&](int index, float (&sum)[4]) {
-    store_global(first + int64_t{tile.split} * kVectors + index * kTileThreads + threadIdx.x,
-                 Sum{sum[0], sum[1], sum[2], sum[3]});
-  });
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) store_shared(shared, add_global(counters + tile.counter, 1));
-  __syncthreads();
-  if (load_shared(shared) != tile.splits - 1) return false;
-  __threadfence();
-  warp.for_each([&](int index, float (&sum)[4]) {
-#pragma unroll
-    for (float& value : sum) value = 0;
-#pragma unroll 1
-    for (int split = 0; split < tile.splits; ++split) {
-      const Sum part = load_global_coherent(first + int64_t{split} * kVectors +
-                                            index * kTileThreads + threadIdx.x);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] += part.data[i];
-    }
-  });
-  if (threadIdx.x == 0) store_global(counters + tile.counter, 0);  // for the next launch
-  __syncthreads();                                                 // everybody has read `shared`
-  return true;
-}
 
 template <typename Math, TileShape kShape>
 __device__ __forceinline__ void store_tile(WarpTile<Math, kShape>& warp, const ConvProblem& p,
