@@ -14,7 +14,6 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # an inception_ext not installed
 
+import devices
 import environment
 import peers
+import scenario
 import workload
-from timing import COMPANY, Candidate, Result, contest
+from scenario import rounds_for
 
 SCHEMA = "inception_ext.bench_cpu"
 SCHEMA_VERSION = 1
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NOISE = {"fp32": 1e-5, "bf16": 1e-2}  # relative error that is always right, beside 2x eager's
+DTYPES = ("fp32", "bf16")
 OURS = "ours"  # the names of our contestants start with it
 
 
@@ -68,95 +68,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def rounds_for(batch: int) -> int:
-    """Turns that give about 100 samples at batch 1 and at least 20 anywhere."""
-    return max(20, 50 // batch)
-
-
-def error_limit(dtype: str, errors: Mapping[str, float | None]) -> float:
-    """Twice the error of eager in the same dtype, plus a floor."""
-    return 2 * (errors.get(peers.BASELINE) or 0.0) + NOISE[dtype]
-
-
-def run_scenario(
-    kind: str,
-    factories: Mapping[str, peers.Factory],
-    work: workload.Workload,
-    dtype: str,
-    rounds: int,
-    patience: float,
-) -> dict[str, Any]:
-    """Checks and times one scenario; returns its part of the result file."""
-    batch = len(work.images[0])
-
-    def announce(text: str) -> None:
-        _status(f"{kind} {dtype} batch {batch}: {text}")
-
-    outcome = contest(
-        [Candidate(name, partial(f, work, DTYPES[dtype])) for name, f in factories.items()],
-        work.references,
-        rounds=rounds,
-        patience=patience,
-        limit=partial(error_limit, dtype),
-        inputs=len(work.images),
-        announce=announce,
-        progress=lambda done: announce(f"round {done} of {rounds}"),
-    )
-    _status("")
-    results = outcome.results
-    baseline = next((r.summary for r in results if r.name == peers.BASELINE and r.summary), None)
-    return {
-        "kind": kind,
-        "dtype": dtype,
-        "batch": batch,
-        "size": work.images[0].shape[-1],
-        "rounds": rounds,
-        "others_cores": outcome.others_cores,
-        "repeated_rounds": outcome.repeated,
-        "baseline": peers.BASELINE,
-        "contestants": [_row(r, batch, baseline.median if baseline else None) for r in results],
-    }
-
-
-def _row(result: Result, batch: int, baseline: float | None) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": result.name, "status": result.status, "reason": result.reason}
-    row["error"] = result.error
-    if result.summary:
-        times = result.summary
-        row["ms_per_image"] = {
-            key: round(getattr(times, key) * 1e3 / batch, 4) for key in ("median", "p20", "p80")
-        }
-        row["samples"] = times.samples
-        row["speedup"] = round(baseline / times.median, 3) if baseline else None
-    return row
-
-
-def table(scenario: Mapping[str, Any]) -> str:
-    """The scenario as text, ms an image."""
-    title = "{kind}, {dtype}, batch {batch}, {size} x {size}".format(**scenario)
-    lines = [title, f"  {'':20}{'ms/image':>10}{'p20':>9}{'p80':>9}{'speed':>8}{'error':>10}"]
-    for row in scenario["contestants"]:
-        if "ms_per_image" not in row:
-            lines.append(f"  {row['name']:20}   missing: {row['reason']}")
-            continue
-        ms = row["ms_per_image"]
-        speed = f"{row['speedup']:.2f}x" if row["speedup"] else "-"
-        wrong = f"  {row['status'].upper()}: {row['reason']}" if row["status"] != "ok" else ""
-        lines.append(
-            f"  {row['name']:20}{ms['median']:10.2f}{ms['p20']:9.2f}{ms['p80']:9.2f}"
-            f"{speed:>8}{row['error']:10.1e}{wrong}"
-        )
-    if (scenario["others_cores"] or 0) > COMPANY:
-        lines.append(f"  DISTURBED: other programs used {scenario['others_cores']} cores meanwhile")
-    return "\n".join(lines)
-
-
-def _status(text: str) -> None:
-    """One line that the next one overwrites; nothing where nobody watches."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-
 def selected(factories: Mapping[str, peers.Factory], only: str | None) -> dict[str, peers.Factory]:
     """The contestants to run; the baseline always does."""
     words = [word.strip() for word in only.split(",")] if only else [""]
@@ -178,26 +89,31 @@ def main(argv: list[str] | None = None) -> int:
         f"torch {about['versions']['torch']}, commit {about['commit']}, {about['date']}"
     )
 
-    scenarios = []
+    scenarios: list[dict[str, Any]] = []
 
-    def report(scenario: dict[str, Any]) -> None:
-        scenarios.append(scenario)
-        print(f"\n{table(scenario)}", flush=True)
+    def run(kind: str, factories: Mapping[str, peers.Factory], dtype: str, rounds: int) -> None:
+        found = scenario.run(
+            kind,
+            selected(factories, args.only),
+            work,
+            dtype,
+            device=devices.Host(),
+            rounds=rounds,
+            patience=args.patience,
+        )
+        scenarios.append(found)
+        print(f"\n{scenario.table(found)}", flush=True)
 
     weights = workload.seeded_weights(heads=False)
     for batch in args.batch:
         work = workload.inference_workload(weights, batch, size=args.size)
         for dtype in args.dtype:
-            factories = selected(peers.INFERENCE, args.only)
-            rounds = args.rounds or rounds_for(batch)
-            report(run_scenario("inference", factories, work, dtype, rounds, args.patience))
+            run("inference", peers.INFERENCE, dtype, args.rounds or rounds_for(batch))
     if not args.no_train:
         weights = workload.seeded_weights(heads=True)
         work = workload.training_workload(weights, args.train_batch, size=args.size)
         for dtype in args.train_dtype:
-            factories = selected(peers.TRAINING, args.only)
-            rounds = args.rounds or 20
-            report(run_scenario("training step", factories, work, dtype, rounds, args.patience))
+            run("training step", peers.TRAINING, dtype, args.rounds or 20)
 
     about["load_average_after"] = environment.machine()["load_average"]
     result = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **about, "scenarios": scenarios}
@@ -208,9 +124,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{time.perf_counter() - start:.0f} s in all")
 
     wrong = [
-        f"{row['name']} ({scenario['kind']}, {scenario['dtype']}, batch {scenario['batch']})"
-        for scenario in scenarios
-        for row in scenario["contestants"]
+        f"{row['name']} ({found['kind']}, {found['dtype']}, batch {found['batch']})"
+        for found in scenarios
+        for row in found["contestants"]
         if row["status"] == "wrong" and row["name"].startswith(OURS)
     ]
     if wrong:

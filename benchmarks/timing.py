@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 Call = Callable[[int], Any]  # call(i) runs the contestant on input number i
+Timer = Callable[[Callable[[], Any]], float]  # seconds that a call takes
 
 COMPANY = 0.1  # cores that other programs may use before times count as disturbed
 SHORT_CALL = 0.1  # s: shorter calls start each turn with one that is not timed
@@ -90,6 +92,7 @@ class Result:
     reason: str | None = None
     error: float | None = None
     summary: Summary | None = field(default=None)
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def interleave(
     patience: float = 0.0,
     company: Callable[[], Company] = Company,
     clock: Callable[[], float] = time.perf_counter,
+    timer: Timer | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Timing:
     """Times every contestant in every round, in a shuffled order.
@@ -140,6 +144,7 @@ def interleave(
         patience: seconds to spend on rounds that do not count.
         company: makes the observer of a round.
         clock: seconds, monotonic.
+        timer: takes the time of a call; default: by the clock.
         progress: called with the number of finished rounds.
     """
     order = random.Random(seed)
@@ -150,6 +155,8 @@ def interleave(
     def timed(name: str) -> float:
         index = counter[name] % inputs
         counter[name] += 1
+        if timer is not None:
+            return timer(lambda: calls[name](index))
         start = clock()
         calls[name](index)
         return clock() - start
@@ -203,7 +210,7 @@ def relative_error(output: Any, reference: Sequence[Tensor] | Tensor) -> float:
         output, reference = [output], [reference]
     worst = 0.0
     for got, want in zip(output, reference, strict=True):
-        got = torch.as_tensor(got).detach().double()
+        got = torch.as_tensor(got).detach().to(want.device).double()
         if got.shape != want.shape:
             raise ValueError(f"output is {list(got.shape)}, the reference {list(want.shape)}")
         error = ((got - want).norm() / want.norm()).item()
@@ -222,6 +229,8 @@ def contest(
     inputs: int | None = None,
     warmup: int = 2,
     patience: float = 0.0,
+    timer: Timer | None = None,
+    memory: Callable[[Callable[[], Any]], int | None] | None = None,
     announce: Callable[[str], None] = lambda text: None,
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
@@ -231,7 +240,9 @@ def contest(
         candidates: in the order of the table.
         references: float64 results for the inputs 0, 1, ...; each contestant runs all of them
             before the first is compared, so that an output buffer used twice shows.
-        rounds, warmup, patience, progress: as in :func:`interleave`.
+        rounds, warmup, patience, timer, progress: as in :func:`interleave`.
+        memory: the most bytes that a call has allocated at one time, or None; each contestant's
+            first input is run once more for it.
         limit: from the errors of all contestants by name to the largest error that is right.
         inputs: how many inputs the calls rotate over; default: those with a reference.
         announce: called with a line before each slow step.
@@ -245,6 +256,8 @@ def contest(
             call = candidate.make()
             outputs = [call(i) for i in range(len(references))]
             errors = [relative_error(*pair) for pair in zip(outputs, references, strict=True)]
+            del outputs
+            result.peak_bytes = memory(partial(call, 0)) if memory else None
         except Exception as error:  # whatever a peer raises is a reason, not the end of the run
             result.reason = _one_line(error)
             continue
@@ -258,6 +271,7 @@ def contest(
         inputs=inputs or len(references),
         warmup=warmup,
         patience=patience,
+        timer=timer,
         progress=progress,
     )
     right = limit({name: results[name].error for name in calls}) if calls else 0.0

@@ -29,7 +29,8 @@ class Workload:
 
     Args:
         state_dict: of a GoogLeNet, float32, for torchvision's and ours alike.
-        images: float32 ``[N, 3, size, size]``, contiguous; calls rotate over them.
+        images: float32 ``[N, 3, size, size]``, contiguous, where the network is to run; calls
+            rotate over them.
         labels: ``[N]`` int64 beside each; empty for inference.
         references: float64 results for the first images: logits ``[N, 1000]``, or for training
             ``[loss, gradient, gradient, ...]`` in the order of ``parameters()``.
@@ -58,7 +59,7 @@ class Workload:
                 dropout_aux=0.0,
             )
         model.load_state_dict(self.state_dict)
-        return model.train(self.heads)
+        return model.to(self.images[0].device).train(self.heads)
 
 
 def images(batch: int, count: int, *, seed: int, size: int = SIZE) -> list[Tensor]:
@@ -111,9 +112,10 @@ def inference_workload(
     size: int = SIZE,
     inputs: int = 4,
     checked: int = 2,
+    device: str = "cpu",
 ) -> Workload:
     """Logits of a network in eval mode, without heads."""
-    pictures = images(batch, inputs, seed=100 + batch, size=size)
+    pictures = [x.to(device) for x in images(batch, inputs, seed=100 + batch, size=size)]
     work = Workload(state_dict, pictures, [], [], heads=False)
     model = work.model(_ours()).double()
     with torch.no_grad():
@@ -128,13 +130,14 @@ def training_workload(
     size: int = SIZE,
     inputs: int = 2,
     checked: int = 1,
+    device: str = "cpu",
 ) -> Workload:
     """Loss and gradients of a training step with both heads."""
     from inception_ext import GoogLeNetLoss
 
-    pictures = images(batch, inputs, seed=200 + batch, size=size)
+    pictures = [x.to(device) for x in images(batch, inputs, seed=200 + batch, size=size)]
     generator = torch.Generator().manual_seed(300 + batch)
-    labels = [torch.randint(0, 1000, (batch,), generator=generator) for _ in pictures]
+    labels = [torch.randint(0, 1000, (batch,), generator=generator).to(device) for _ in pictures]
     work = Workload(state_dict, pictures, labels, [], heads=True)
     criterion = GoogLeNetLoss()
     references = []
