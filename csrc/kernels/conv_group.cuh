@@ -75,9 +75,9 @@ __global__ void __launch_bounds__(kTileThreads, kMinBlocks)
   const auto stage = [&](int32_t step) { return shared + step % kTileStages * stage_bytes; };
 
   // The weights do not wait for the kernel before.
-  FilterLoader<T, kShape.columns()> filter_loader(p, tile.n, filters, tile.k_begin);
+  const FilterLoader<T, kShape.columns()> filter_loader(p, tile.n, filters);
   const auto load_filters = [&](int32_t step) {
-    filter_loader.load(stage(step) + a_rows * kTileRowBytes);
+    filter_loader.load(stage(step) + a_rows * kTileRowBytes, tile.k_begin + step);
   };
   constexpr int kAhead = kTileStages - 1;
   for (int step = 0; step < kAhead; ++step) {
@@ -87,11 +87,11 @@ __global__ void __launch_bounds__(kTileThreads, kMinBlocks)
   allow_next_kernel();
 
   WindowLoader<T, kShape.rows()> window_loader(p, tile.m, tile.k_begin);
-  PixelLoader<T> pixel_loader(p, tile.m - p.input_w - 1, a_rows, tile.k_begin);
+  const PixelLoader<T> pixel_loader(p, tile.m - p.input_w - 1, a_rows);
   const PoolPrologue<T, kShape.rows()> pool(p, tile.m);
   const auto load_pixels = [&](int32_t step) {
     if (p.max_pool) {
-      pixel_loader.load(stage(step));
+      pixel_loader.load(stage(step), tile.k_begin + step);
     } else {
       window_loader.load(stage(step));
     }

@@ -38,6 +38,14 @@ struct FilterTap {
   }
 };
 
+// Of the calling thread's chunk in step k_begin.
+template <typename T>
+__device__ __forceinline__ FilterTap first_tap(const ConvProblem& p, int32_t k_begin) {
+  FilterTap tap{0, 0, 0};
+  tap.advance(p, (k_begin * kRowChunks + threadIdx.x % kRowChunks) * kVectorSize<T>);
+  return tap;
+}
+
 // Whether chunks of x can be copied whole: none holds two taps, and all are aligned.
 template <typename T>
 __device__ __forceinline__ bool has_whole_chunks(const ConvProblem& p) {
@@ -51,7 +59,7 @@ template <typename T, int kTileRows>
 class WindowLoader {
  public:
   __device__ __forceinline__ WindowLoader(const ConvProblem& p, int32_t first_m, int32_t k_begin)
-      : p_(p), whole_(has_whole_chunks<T>(p)), tap_{0, 0, 0} {
+      : p_(p), whole_(has_whole_chunks<T>(p)), tap_(first_tap<T>(p, k_begin)) {
     const int32_t pixels = p.output_h * p.output_w;
     const int32_t m_end = p.batch * pixels;
 #pragma unroll
@@ -64,7 +72,15 @@ class WindowLoader {
       h_[i] = static_cast<int16_t>(m < m_end ? h : kOutside);
       w_[i] = static_cast<int16_t>(w);
     }
-    tap_.advance(p, (k_begin * kRowChunks + threadIdx.x % kRowChunks) * kVec);
+  }
+
+  __device__ __forceinline__ bool is_whole() const { return whole_; }
+
+  // Whether a filter tap of the thread's i-th row lies in the image.
+  __device__ __forceinline__ bool is_inside(int i, const FilterTap& tap) const {
+    return tap.r < p_.kernel_h &&
+           static_cast<uint32_t>(h_[i] + tap.r) < static_cast<uint32_t>(p_.input_h) &&
+           static_cast<uint32_t>(w_[i] + tap.s) < static_cast<uint32_t>(p_.input_w);
   }
 
   // The next step of K into rows of a tile.
@@ -104,12 +120,6 @@ class WindowLoader {
     const int32_t pixel = first_pixel_[i] + tap.r * p_.input_w + tap.s;
     return static_cast<const T*>(p_.x) + pixel * p_.x_stride + tap.c;
   }
-  __device__ __forceinline__ bool is_inside(int i, const FilterTap& tap) const {
-    return tap.r < p_.kernel_h &&
-           static_cast<uint32_t>(h_[i] + tap.r) < static_cast<uint32_t>(p_.input_h) &&
-           static_cast<uint32_t>(w_[i] + tap.s) < static_cast<uint32_t>(p_.input_w);
-  }
-
   const ConvProblem& p_;
   bool whole_;
   FilterTap tap_;
@@ -125,15 +135,11 @@ class WindowLoader {
 template <typename T>
 class PixelLoader {
  public:
-  __device__ __forceinline__ PixelLoader(const ConvProblem& p, int32_t first_m, int32_t rows,
-                                         int32_t k_begin)
-      : p_(p),
-        whole_(has_whole_chunks<T>(p)),
-        first_m_(first_m),
-        rows_(rows),
-        c_((k_begin * kRowChunks + threadIdx.x % kRowChunks) * kVec) {}
+  __device__ __forceinline__ PixelLoader(const ConvProblem& p, int32_t first_m, int32_t rows)
+      : p_(p), whole_(has_whole_chunks<T>(p)), first_m_(first_m), rows_(rows) {}
 
-  __device__ __forceinline__ void load(char* tile) {
+  __device__ __forceinline__ void load(char* tile, int32_t step) const {
+    const int32_t c = (step * kRowChunks + threadIdx.x % kRowChunks) * kVec;
     const int32_t m_end = p_.batch * p_.input_h * p_.input_w;
 #pragma unroll 1
     for (int32_t row = threadIdx.x / kRowChunks; row < rows_; row += kLoadRows) {
@@ -142,19 +148,17 @@ class PixelLoader {
       const bool inside = m >= 0 && m < m_end;
       const T* from = static_cast<const T*>(p_.x) + (inside ? m * p_.x_stride : 0);
       if (whole_) {
-        const bool has_channels = inside && c_ < p_.channels;
-        copy_async<kChunkBytes>(to, has_channels ? from + c_ : from,
-                                has_channels ? kChunkBytes : 0);
+        const bool has_channels = inside && c < p_.channels;
+        copy_async<kChunkBytes>(to, has_channels ? from + c : from, has_channels ? kChunkBytes : 0);
       } else {
 #pragma unroll 1
         for (int e = 0; e < kVec; ++e) {
           T value = from_float<T>(0);
-          if (inside && c_ + e < p_.channels) value = load_global(from + c_ + e);
+          if (inside && c + e < p_.channels) value = load_global(from + c + e);
           store_shared(reinterpret_cast<T*>(to) + e, value);
         }
       }
     }
-    c_ += kRowChunks * kVec;
   }
 
  private:
@@ -164,7 +168,6 @@ class PixelLoader {
   bool whole_;
   int32_t first_m_;
   int32_t rows_;
-  int32_t c_;
 };
 
 // Filters k, k + 1, ...: rows of the packed weights.
@@ -173,34 +176,29 @@ class FilterLoader {
  public:
   // `filters`: rows to load; the tile gets eight more, of zeros where there is none, so that
   // fragments may be read in pairs.
-  __device__ __forceinline__ FilterLoader(const ConvProblem& p, int32_t first_k, int32_t filters,
-                                          int32_t k_begin)
+  __device__ __forceinline__ FilterLoader(const ConvProblem& p, int32_t first_k, int32_t filters)
       : row_elements_((p.kernel_h * p.kernel_w * p.channels + 7) / 8 * 8),
         filters_(filters),
-        k_((k_begin * kRowChunks + threadIdx.x % kRowChunks) * kVec),
         from_(static_cast<const T*>(p.weight) +
               int64_t{first_k + static_cast<int32_t>(threadIdx.x) / kRowChunks} * row_elements_) {}
 
-  __device__ __forceinline__ void load(char* tile) {
+  __device__ __forceinline__ void load(char* tile, int32_t step) const {
+    const int32_t element = (step * kRowChunks + threadIdx.x % kRowChunks) * kVectorSize<T>;
     const int32_t first = threadIdx.x / kRowChunks;
     char* to = tile + chunk_offset(first, threadIdx.x % kRowChunks);
 #pragma unroll
     for (int i = 0; i < kTileRows / kLoadRows; ++i) {
       const int32_t row = first + i * kLoadRows;
       if (row >= filters_ + 8) break;
-      const bool inside = row < filters_ && k_ < row_elements_;
-      const T* from = inside ? from_ + int64_t{i * kLoadRows} * row_elements_ + k_ : from_;
+      const bool inside = row < filters_ && element < row_elements_;
+      const T* from = inside ? from_ + int64_t{i * kLoadRows} * row_elements_ + element : from_;
       copy_async<kChunkBytes>(to + i * kLoadRows * kRowBytes, from, inside ? kChunkBytes : 0);
     }
-    k_ += kRowChunks * kVec;
   }
 
  private:
-  static constexpr int kVec = kVectorSize<T>;
-
   int32_t row_elements_;
   int32_t filters_;
-  int32_t k_;
   const T* from_;
 };
 

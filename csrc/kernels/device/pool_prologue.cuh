@@ -50,6 +50,43 @@ class PoolPrologue {
     }
   }
 
+  // The same, and which pixel of its window each maximum was: kh * 3 + kw, into argmax [m_end,
+  // channels]. Torch's rule: the first of equal maxima, the last of several NaNs. `first_m`, `c`:
+  // of the tile and of the thread's chunk.
+  __device__ __forceinline__ void reduce(const char* raw, char* pooled, uint8_t* argmax,
+                                         int32_t first_m, int32_t m_end, int32_t channels,
+                                         int32_t c) const {
+    if (run() >= kTileRows / kRun) return;
+    Ranked left = ranked_column(raw, 0), middle = ranked_column(raw, 1);
+#pragma unroll 1
+    for (int i = 0; i < kRun; ++i) {
+      const Ranked right = ranked_column(raw, i + 2);
+      Ranked best = middle;
+      shift(best, 1);
+      if (masks_ & kLeft << (i + 1)) take(best, left);
+      if (masks_ & kRight << (i + 1)) {
+        Ranked other = right;
+        shift(other, 2);
+        take(best, other);
+      }
+      const int32_t row = run() * kRun + i;
+      store_shared<kVec>(reinterpret_cast<T*>(pooled + chunk_offset(row, chunk())), best.value);
+      if (first_m + row < m_end) {
+        uint8_t* to = argmax + (int64_t{first_m} + row) * channels + c;
+        if (channels % kVec == 0) {
+          if (c < channels) store_global<kVec>(to, best.index);
+        } else {
+#pragma unroll
+          for (int e = 0; e < kVec; ++e) {
+            if (c + e < channels) store_global(to + e, best.index.data[e]);
+          }
+        }
+      }
+      left = middle;
+      middle = right;
+    }
+  }
+
  private:
   static constexpr int kVec = kVectorSize<T>;
   static constexpr int kRun = 4;
@@ -74,6 +111,43 @@ class PoolPrologue {
     if (masks_ & kUp << j) take(best, above);
     if (masks_ & kDown << j) take(best, below);
     return best;
+  }
+
+  // A value of each channel, and its place in the window.
+  struct Ranked {
+    Pixel value;
+    Vector<uint8_t, kVec> index;
+  };
+
+  // As column, with kh * 3.
+  __device__ __forceinline__ Ranked ranked_column(const char* raw, int j) const {
+    const int32_t up = run() * kRun + j;
+    Ranked above{load(raw, up), {}}, below{load(raw, up + 2 * width_), {}};
+    Ranked best{load(raw, up + width_), {}};
+    shift(best, 3);
+    shift(below, 6);
+    if (masks_ & kUp << j) take(best, above);
+    if (masks_ & kDown << j) take(best, below);
+    return best;
+  }
+
+  static __device__ __forceinline__ void shift(Ranked& ranked, int by) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) ranked.index.data[i] += by;
+  }
+
+  // In whatever order they come, the result is that of torch's walk over the window.
+  static __device__ __forceinline__ void take(Ranked& best, const Ranked& other) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      const float a = to_float(other.value.data[i]), b = to_float(best.value.data[i]);
+      const bool earlier = other.index.data[i] < best.index.data[i];
+      const bool wins = a != a ? b == b || !earlier : a > b || (a == b && earlier);
+      if (wins) {
+        best.value.data[i] = other.value.data[i];
+        best.index.data[i] = other.index.data[i];
+      }
+    }
   }
 
   // NaN wins.

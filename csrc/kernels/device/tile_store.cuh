@@ -34,8 +34,9 @@ class TileStore {
   static constexpr int kColumns = 8 * kFragments;
   static constexpr int kBytes = 16 * kColumns * sizeof(T);  // of shared memory, for each warp
 
-  __device__ __forceinline__ TileStore(const ConvProblem& p, char* shared)
-      : p_(p), shared_(shared), whole_(has_whole_vectors<T>(p)) {}
+  // `vectors`: whether `adjust` of write() takes vectors.
+  __device__ __forceinline__ TileStore(const ConvProblem& p, char* shared, bool vectors = true)
+      : p_(p), shared_(shared), whole_(vectors && has_whole_vectors<T>(p)) {}
 
   // Columns 2t and 2t + 1 of fragment j in rows g and g + 8, of a warp's 16 rows.
   __device__ __forceinline__ void put(int j, const float (&c)[4]) {
@@ -50,8 +51,10 @@ class TileStore {
   }
 
   // After a __syncwarp: rows m ... m_end - 1, at most 16, and filters k ... k_end - 1 of the
-  // output.
-  __device__ __forceinline__ void write(int32_t m, int32_t m_end, int32_t k, int32_t k_end) const {
+  // output. Before they are written, adjust(values, m, k) may change a vector, or a single one.
+  template <typename Adjust>
+  __device__ __forceinline__ void write(int32_t m, int32_t m_end, int32_t k, int32_t k_end,
+                                        const Adjust& adjust) const {
     constexpr int kRowsAtOnce = 32 / kRowVectors;
     const int lane = threadIdx.x % 32;
     const int32_t channel = k + lane % kRowVectors * kVec;
@@ -60,14 +63,22 @@ class TileStore {
     for (int row = lane / kRowVectors; row < 16 && m + row < m_end; row += kRowsAtOnce) {
       const T* chunk = at(row, lane % kRowVectors);
       if (whole_) {
-        store_global<kVec>(address(m + row, channel), load_shared<kVec>(chunk));
+        Vector<T, kVec> values = load_shared<kVec>(chunk);
+        adjust(values, m + row, channel);
+        store_global<kVec>(address(m + row, channel), values);
       } else {
 #pragma unroll 1
         for (int e = 0; e < kVec && channel + e < k_end; ++e) {
-          store_global(address(m + row, channel + e), load_shared(chunk + e));
+          Vector<T, 1> value = load_shared<1>(chunk + e);
+          adjust(value, m + row, channel + e);
+          store_global<1>(address(m + row, channel + e), value);
         }
       }
     }
+  }
+
+  __device__ __forceinline__ void write(int32_t m, int32_t m_end, int32_t k, int32_t k_end) const {
+    write(m, m_end, k, k_end, [](auto&, int32_t, int32_t) {});
   }
 
  private:
