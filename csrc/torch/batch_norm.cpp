@@ -10,19 +10,6 @@
 namespace inception_ext {
 namespace {
 
-Tensor as_float32(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous()
-             ? tensor
-             : torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Float));
-}
-
-void check_vector(const char* op, const char* name, const Tensor& tensor, int64_t channels) {
-  Argument{op, name, tensor}
-      .is_dense_of(/*cuda=*/false)
-      .has_shape({channels})
-      .has_dtype({ScalarType::Float, ScalarType::BFloat16});
-}
-
 cpu::DType kernel_dtype(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? cpu::DType::kBFloat16 : cpu::DType::kFloat32;
 }
@@ -32,33 +19,6 @@ std::vector<float> workspace(const Pixels& x) {
 }
 
 }  // namespace
-
-Parameter::Parameter(const char* op, const char* name, const Tensor& tensor, int64_t channels)
-    : values_((check_vector(op, name, tensor, channels), as_float32(tensor))) {}
-
-RunningStatistic::RunningStatistic(const char* op, const char* name, const Tensor& tensor,
-                                   int64_t channels, bool training)
-    : tensor_(tensor), values_((check_vector(op, name, tensor, channels), as_float32(tensor))) {
-  if (training && channels > 1 && tensor.stride(0) == 0) {
-    fail(op, name, "expected ", channels, " elements to write to, got one that is expanded");
-  }
-}
-
-void RunningStatistic::write_back() {
-  if (values_.data_ptr() != tensor_.data_ptr()) torch::stable::copy_(tensor_, values_);
-}
-
-SavedStatistics::SavedStatistics(const char* op, const Tensor& mean, const Tensor& rstd,
-                                 int64_t channels)
-    : mean_(torch::stable::contiguous(mean)), rstd_(torch::stable::contiguous(rstd)) {
-  Argument{op, "mean", mean}.has_shape({channels}).has_dtype({ScalarType::Float});
-  Argument{op, "rstd", rstd}.has_shape({channels}).has_dtype({ScalarType::Float});
-}
-
-Statistics SavedStatistics::from(int64_t first) const {
-  return {static_cast<float*>(mean_.data_ptr()) + first,
-          static_cast<float*>(rstd_.data_ptr()) + first};
-}
 
 void batch_norm_statistics_pixels(const Pixels& x, ScalarType dtype, float* mean, float* m2) {
   std::vector<float> space = workspace(x);

@@ -17,6 +17,7 @@
 #include "torch/batch_norm.h"
 #include "torch/convolution.h"
 #include "torch/cpu_kernels.h"
+#include "torch/inception_layout.h"
 #include "torch/library.h"
 #include "torch/max_pool.h"
 #include "torch/nhwc.h"
@@ -24,79 +25,6 @@
 
 namespace inception_ext {
 namespace {
-
-// Convolutions in module order: indices into the op's lists.
-enum Conv { kBranch1, kReduce3x3, kConv3x3, kReduce5x5, kConv5x5, kPoolProjection, kConvs };
-constexpr std::array<Conv, 3> kMerged = {kBranch1, kReduce3x3, kReduce5x5};
-// Statistics of all six lie in one vector, those of the merged convolutions side by side.
-constexpr std::array<Conv, kConvs> kStatisticsOrder = {kBranch1, kReduce3x3, kReduce5x5,
-                                                       kConv3x3, kConv5x5,   kPoolProjection};
-
-// What messages call an element of a list.
-std::string element(const char* list, int index) {
-  return std::string(list) + '[' + std::to_string(index) + ']';
-}
-
-// Channel counts and offsets of one module, read off its conv_weights [K, C, R, R].
-struct Layout {
-  Layout(const char* op, const Tensor& x, const std::vector<Tensor>& conv_weights) {
-    static constexpr int64_t any = 0;
-    static constexpr std::array<int64_t, kConvs> sizes = {1, 1, 3, 1, any, 1};
-    Argument{op, "x", x}
-        .is_dense_of(/*cuda=*/false)
-        .has_dim(4)
-        .has_dtype({ScalarType::Float, ScalarType::BFloat16});
-    if (x.size(1) < 1 || x.size(2) < 1 || x.size(3) < 1) {
-      fail(op, "x", "expected at least one channel, row and column, got ", shape_text(x));
-    }
-    if (conv_weights.size() != kConvs) {
-      fail(op, "conv_weights", "expected 6 tensors, got ", conv_weights.size());
-    }
-    for (int conv = 0; conv < kConvs; ++conv) {
-      const std::string name = element("conv_weights", conv);
-      const Argument weight{op, name.c_str(), conv_weights[conv]};
-      weight.is_dense_of(/*cuda=*/false).has_dim(4).has_dtype({x.scalar_type()});
-      channels[conv] = conv_weights[conv].size(0);
-      if (channels[conv] < 1) fail(op, name.c_str(), "expected at least one output channel, got 0");
-      const Tensor& input = conv == kConv3x3   ? conv_weights[kReduce3x3]
-                            : conv == kConv5x5 ? conv_weights[kReduce5x5]
-                                               : x;
-      const int64_t inputs = conv == kConv3x3 || conv == kConv5x5 ? input.size(0) : x.size(1);
-      int64_t size = sizes[conv];
-      if (size == any) size = conv_weights[conv].size(2) == 5 ? 5 : 3;
-      weight.has_shape({channels[conv], inputs, size, size});
-    }
-    int64_t offset = 0;
-    for (Conv conv : kStatisticsOrder) {
-      statistics[conv] = offset;
-      offset += channels[conv];
-    }
-    statistics_size = offset;
-    output_channels = 0;
-    for (Conv conv : {kBranch1, kConv3x3, kConv5x5, kPoolProjection}) {
-      output[conv] = output_channels;
-      output_channels += channels[conv];
-    }
-    merged_channels = channels[kBranch1] + channels[kReduce3x3] + channels[kReduce5x5];
-  }
-
-  std::array<int64_t, kConvs> channels;
-  std::array<int64_t, kConvs> statistics;  // offset into mean and rstd
-  std::array<int64_t, kConvs> output;      // offset into out, of the last convolution of a branch
-  int64_t statistics_size;
-  int64_t output_channels;
-  int64_t merged_channels;
-};
-
-std::vector<Parameter> parameters(const char* op, const char* name,
-                                  const std::vector<Tensor>& tensors, const Layout& layout) {
-  if (tensors.size() != kConvs) fail(op, name, "expected 6 tensors, got ", tensors.size());
-  std::vector<Parameter> result;
-  for (int conv = 0; conv < kConvs; ++conv) {
-    result.emplace_back(op, element(name, conv).c_str(), tensors[conv], layout.channels[conv]);
-  }
-  return result;
-}
 
 Tensor merged_weight(const std::vector<Tensor>& conv_weights) {
   std::vector<Tensor> parts;
@@ -192,19 +120,12 @@ ForwardResult inception_forward(Tensor x, std::vector<Tensor> conv_weights,
                                 bool training, double momentum, double eps, bool save) {
   static constexpr const char* op = "inception_forward";
   const NoGrad no_grad;
-  const Layout layout(op, x, conv_weights);
-  const auto running = [&](const char* name, const std::vector<Tensor>& tensors) {
-    if (tensors.size() != kConvs) fail(op, name, "expected 6 tensors, got ", tensors.size());
-    std::vector<RunningStatistic> result;
-    for (int conv = 0; conv < kConvs; ++conv) {
-      result.emplace_back(op, element(name, conv).c_str(), tensors[conv], layout.channels[conv],
-                          training);
-    }
-    return result;
-  };
+  const Layout layout(op, x, conv_weights, /*cuda=*/false);
   Forward forward(x, layout, parameters(op, "weights", weights, layout),
-                  parameters(op, "biases", biases, layout), running("running_means", running_means),
-                  running("running_vars", running_vars), training, momentum, eps);
+                  parameters(op, "biases", biases, layout),
+                  running_statistics(op, "running_means", running_means, layout, training),
+                  running_statistics(op, "running_vars", running_vars, layout, training), training,
+                  momentum, eps);
 
   const int64_t n = x.size(0), h = x.size(2), w = x.size(3);
   const ScalarType dtype = x.scalar_type();
@@ -281,7 +202,7 @@ BackwardResult inception_backward(Tensor grad, Tensor x, std::vector<Tensor> con
                                   std::vector<bool> needs) {
   static constexpr const char* op = "inception_backward";
   const NoGrad no_grad;
-  const Layout layout(op, x, conv_weights);
+  const Layout layout(op, x, conv_weights, /*cuda=*/false);
   const int64_t n = x.size(0), h = x.size(2), w = x.size(3);
   const ScalarType dtype = x.scalar_type();
   Argument{op, "grad", grad}
