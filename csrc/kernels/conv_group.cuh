@@ -57,10 +57,9 @@ __device__ __forceinline__ void store_tile(WarpTile<Math, kShape>& warp, const C
   }
 }
 
-// Grid: plan.blocks.
-template <typename Math, TileShape kShape, int kMinBlocks>
-__global__ void __launch_bounds__(kTileThreads, kMinBlocks)
-    conv_group_kernel(const __grid_constant__ ConvGroupLaunch launch) {
+// What a block computes; grid: plan.blocks.
+template <typename Math, TileShape kShape>
+__device__ __forceinline__ void compute_tile(const ConvGroupLaunch& launch) {
   using T = typename Math::Element;
   constexpr int32_t kStepElements = kTileRowBytes / sizeof(T);
   const Tile tile = tile_of(launch.plan, kShape, blockIdx.x);
@@ -132,15 +131,25 @@ __global__ void __launch_bounds__(kTileThreads, kMinBlocks)
 }
 
 // Blocks that share a multiprocessor at least: this bounds the registers of a thread.
-template <TileShape kShape>
-constexpr int kMinResident = kShape.m_fragments * kShape.n_fragments > 16 ? 2 : 3;
+constexpr int min_resident(const TileShape& shape) {
+  return shape.m_fragments * shape.n_fragments > 16 ? 2 : 3;
+}
+
+// kShape: of kTileShapes; a struct as a template argument is too much for nvcc's host side.
+template <typename Math, int kShape>
+__global__ void __launch_bounds__(kTileThreads, min_resident(kTileShapes[kShape]))
+    conv_group_kernel(const __grid_constant__ ConvGroupLaunch launch) {
+  if constexpr (Math::kExists) {
+    compute_tile<Math, kTileShapes[kShape]>(launch);
+  } else {
+    never_launched();
+  }
+}
 
 template <typename Math, int kShape>
 cudaError_t launch_conv_group(const ConvGroupLaunch& group, cudaStream_t stream) {
-  constexpr TileShape kTileShape = kTileShapes[kShape];
-  return launch_dependent(conv_group_kernel<Math, kTileShape, kMinResident<kTileShape>>,
-                          dim3(group.plan.blocks), dim3(kTileThreads), group.plan.shared_bytes,
-                          stream, group);
+  return launch_dependent(conv_group_kernel<Math, kShape>, dim3(group.plan.blocks),
+                          dim3(kTileThreads), group.plan.shared_bytes, stream, group);
 }
 
 template <typename Math>

@@ -100,7 +100,7 @@ struct ConvSegment {
 // columns, and the products run over (r, s, c).
 struct ConvProblem {
   const void* x;       // [N, H, W, C], dtype
-  const void* weight;  // [K, R * S * C rounded up to 8], dtype; the rest of a row is not used
+  const void* weight;  // [K, R * S * C rounded up to 8], dtype; the rest of a row is 0
   const float* bias;   // [K]
   int64_t x_stride;    // elements from one pixel to the next; rows and images follow without a gap
   int32_t batch;       // N

@@ -97,6 +97,9 @@ kernels::ConvProblem make_problem(const Tensor& x, const Tensor& weight, const T
   const Argument weight_argument{kOp, weight_name.c_str(), weight};
   weight_argument.is_dense_of(true).has_dim(2).has_dtype({x.scalar_type()});
   weight_argument.has_shape({weight.size(0), row});
+  if (weight.size(0) < 1) {
+    fail(kOp, weight_name.c_str(), "expected at least one filter, got shape ", shape_text(weight));
+  }
   if (!weight.is_contiguous() || reinterpret_cast<uintptr_t>(weight.data_ptr()) % 16 != 0) {
     fail(kOp, weight_name.c_str(), "expected a contiguous tensor at a multiple of 16 bytes");
   }

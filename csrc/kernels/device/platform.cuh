@@ -15,6 +15,10 @@ using emulator::Place;
 // Multiply-accumulates that this thread issues outside mma.
 inline void count_macs(int64_t macs) { emulator::count_macs(macs); }
 
+constexpr int kArchitecture = 0;
+
+inline void never_launched() {}
+
 }  // namespace inception_ext::kernels
 
 #else
@@ -32,6 +36,16 @@ struct Place {
 };
 
 __device__ __forceinline__ void count_macs(int64_t /*macs*/) {}
+
+// That code is compiled for: 750, 800 and so on; 0 for the host, whose emulator runs all code.
+#ifdef __CUDA_ARCH__
+constexpr int kArchitecture = __CUDA_ARCH__;
+#else
+constexpr int kArchitecture = 0;
+#endif
+
+// In the place of a kernel that launchers do not choose on this architecture.
+__device__ __forceinline__ void never_launched() { __trap(); }
 
 }  // namespace inception_ext::kernels
 
