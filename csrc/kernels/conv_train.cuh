@@ -63,10 +63,9 @@ __device__ __forceinline__ void store_raw(const WarpTile<Math, kShape>& warp,
   }
 }
 
-// Grid: plan.blocks.
-template <typename Math, TileShape kShape, int kMinBlocks>
-__global__ void __launch_bounds__(kTileThreads, kMinBlocks)
-    conv_train_kernel(const __grid_constant__ ConvTrainLaunch launch) {
+// What a block computes; grid: plan.blocks.
+template <typename Math, TileShape kShape>
+__device__ __forceinline__ void compute_train_tile(const ConvTrainLaunch& launch) {
   using T = typename Math::Element;
   using Statistics = TileStatistics<Math, kShape>;
   using Normalize = BatchNormPrologue<T, kShape.rows()>;
@@ -153,11 +152,24 @@ __global__ void __launch_bounds__(kTileThreads, kMinBlocks)
   store_raw(warp, problem, tile, shared);
 }
 
+constexpr int min_resident_train(const TileShape& shape) {
+  return shape.m_fragments * shape.n_fragments > 8 ? 2 : 3;
+}
+
+// kShape: of kTileShapes; a struct as a template argument is too much for nvcc's host side.
+template <typename Math, int kShape>
+__global__ void __launch_bounds__(kTileThreads, min_resident_train(kTileShapes[kShape]))
+    conv_train_kernel(const __grid_constant__ ConvTrainLaunch launch) {
+  if constexpr (Math::kExists) {
+    compute_train_tile<Math, kTileShapes[kShape]>(launch);
+  } else {
+    never_launched();
+  }
+}
+
 template <typename Math, int kShape>
 cudaError_t launch_conv_train(const ConvTrainLaunch& group, cudaStream_t stream) {
-  constexpr TileShape kTileShape = kTileShapes[kShape];
-  constexpr int kMinBlocks = kTileShape.m_fragments * kTileShape.n_fragments > 8 ? 2 : 3;
-  return launch_dependent(conv_train_kernel<Math, kTileShape, kMinBlocks>, dim3(group.plan.blocks),
+  return launch_dependent(conv_train_kernel<Math, kShape>, dim3(group.plan.blocks),
                           dim3(kTileThreads), group.plan.shared_bytes, stream, group);
 }
 
