@@ -29,11 +29,14 @@ class Exact(NamedTuple):
         """As torch's settings have it for its own convolutions and matrix products."""
         if dtype != torch.float32:
             return cls(True, True)  # one value, so that plans do not depend on the settings
-        cudnn: Any = torch.backends.cudnn
-        return cls(
-            cudnn.conv.fp32_precision != "tf32",
-            torch.backends.cuda.matmul.fp32_precision != "tf32",
-        )
+        return cls(not _allows_tf32("conv"), not _allows_tf32("matmul"))
+
+
+@torch.compiler.assume_constant_result  # compiled code keeps the setting that it was compiled under
+def _allows_tf32(operation: str) -> bool:
+    backends: Any = torch.backends
+    backend = backends.cudnn.conv if operation == "conv" else backends.cuda.matmul
+    return backend.fp32_precision == "tf32"
 
 
 class Launcher:
@@ -55,12 +58,9 @@ class Launcher:
 
     def empty(self, n: int, c: int, h: int, w: int) -> Tensor:
         """Memory for an activation ``[N, C, H, W]``, channels_last."""
-        return torch.empty(
-            (n, c, h, w),
-            dtype=self.dtype,
-            device=self.device,
-            memory_format=torch.channels_last,
-        )
+        # Not by memory_format, whose strides are anybody's guess where H = W = 1.
+        y = torch.empty((n, h, w, c), dtype=self.dtype, device=self.device)
+        return y.permute(0, 3, 1, 2)
 
     def __call__(self, op: str, *arguments: Any) -> None:
         """Launches an op that writes into its last argument."""
@@ -69,8 +69,13 @@ class Launcher:
 
 def new_workspace(like: Tensor) -> Tensor:
     """A workspace of conv_group on the device of a tensor."""
-    size = _library.ops(like).conv_group_workspace_bytes()
-    return torch.zeros(size, dtype=torch.uint8, device=like.device)
+    return torch.zeros(_workspace_bytes(like.is_cuda), dtype=torch.uint8, device=like.device)
+
+
+@torch.compiler.assume_constant_result
+def _workspace_bytes(on_gpu: bool) -> int:
+    ops = torch.ops.inception_ext if on_gpu else torch.ops.inception_ext_emulated
+    return ops.conv_group_workspace_bytes()
 
 
 class Launch(NamedTuple):
