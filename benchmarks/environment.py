@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "openvino", "numpy")
+PACKAGES = (
+    *("torch", "torchvision", "triton", "onnx", "onnxruntime", "openvino", "numpy"),
+    *("tensorrt", "nvidia-cudnn-frontend"),
+)
 
 
 def describe() -> dict[str, Any]:
@@ -21,6 +24,7 @@ def describe() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(),
+        "gpu": gpu(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
@@ -36,6 +40,47 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "load_average": [round(x, 2) for x in os.getloadavg()],
     }
+
+
+def gpu() -> dict[str, Any] | None:
+    """The current GPU: name, driver, CUDA, cuDNN, L2 cache, clocks; None where torch finds none."""
+    if not torch.cuda.is_available():
+        return None
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    facts = {
+        "name": device.name,
+        "capability": f"{device.major}.{device.minor}",
+        "multiprocessors": device.multi_processor_count,
+        "memory_gib": round(device.total_memory / 2**30, 1),
+        "l2_mib": round(getattr(device, "L2_cache_size", 0) / 2**20, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+    return {**facts, **_nvidia_smi()}
+
+
+_QUERY = {
+    "driver": "driver_version",
+    "sm_mhz": "clocks.sm",
+    "sm_mhz_max": "clocks.max.sm",
+    "memory_mhz": "clocks.mem",
+    "power_w": "power.draw",
+    "power_limit_w": "power.limit",
+    "temperature_c": "temperature.gpu",
+}
+
+
+def _nvidia_smi() -> dict[str, str | None]:
+    """What the driver's tool tells of the first GPU; None for all where it is missing."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_QUERY.values())}", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return dict.fromkeys(_QUERY)
+    values = [value.strip() for value in run.stdout.split("\n", 1)[0].split(",")]
+    if run.returncode != 0 or len(values) != len(_QUERY):
+        return dict.fromkeys(_QUERY)
+    return dict(zip(_QUERY, values, strict=True))
 
 
 class Company:

@@ -1,0 +1,188 @@
+"""The steps of gpu_report.py, each run as a process of its own: a line of JSON for each finding.
+
+    python benchmarks/gpu_steps.py network --lines out.jsonl
+
+A step orders its work by what it is worth, and writes each finding when it has it, so that one that
+is stopped, or that a broken kernel takes down, leaves what it found until then.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # an inception_ext not installed
+
+import environment
+import floors
+import gpu_correctness
+import gpu_kernels
+import module_work
+import peers_cuda
+import roofs
+import scenario
+import workload
+from devices import Device, device_for
+
+Findings = Iterator[dict[str, Any]]
+
+
+@dataclass
+class Job:
+    """What a step works on; tiny on a CPU, where it only shows that everything runs."""
+
+    device: Device
+    batches: tuple[int, ...] = (8, 1, 128, 32, 256)  # the most telling first
+    size: int = 224
+    rounds: int = 10
+    dtype: str = "fp16"
+    parts: tuple[str, ...] = ("stem", *module_work.MODULES)
+    weights: dict[bool, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def on(cls, name: str) -> "Job":
+        device = device_for(name)
+        if device.type == "cuda":
+            return cls(device)
+        torch.set_num_threads(1)
+        parts = ("stem", module_work.MODULES[0])
+        return cls(device, batches=(1, 2), size=64, rounds=2, dtype="fp32", parts=parts)
+
+    def state_dict(self, heads: bool) -> dict[str, torch.Tensor]:
+        if heads not in self.weights:
+            self.weights[heads] = workload.seeded_weights(heads=heads)
+        return self.weights[heads]
+
+    def inference(self, batch: int) -> workload.Workload:
+        weights = self.state_dict(False)
+        return workload.inference_workload(
+            weights, batch, size=self.size, inputs=2, checked=1, device=self.device.type
+        )
+
+    @property
+    def element_size(self) -> int:
+        return scenario.DTYPES[self.dtype].itemsize
+
+
+def environment_step(job: Job) -> Findings:
+    from inception_ext import _library
+
+    yield {"environment": environment.describe(), "binary": _library.build_info()}
+    roof = roofs.measure(job.device, scenario.DTYPES[job.dtype])
+    nothing = [job.device.seconds(lambda: None) for _ in range(100)]
+    yield {
+        "roof": {"flops": roof.flops, "bytes": roof.bytes, "dtype": job.dtype},
+        "seconds_of_nothing": sorted(nothing)[50],
+    }
+
+
+def correctness_step(job: Job) -> Findings:
+    yield from gpu_correctness.findings(job)
+
+
+def network_step(job: Job) -> Findings:
+    """Ours, eager in all its ways, and cuDNN's fused convolutions."""
+    names = [name for name in peers_cuda.INFERENCE if not name.startswith("compile")]
+    yield from _inference(job, names, memory=True)
+    yield from _inference(job, _SHORT, cold=True)
+
+
+_SHORT = ("ours freeze", "ours freeze, CUDA graph", peers_cuda.baseline, "eager CUDA graph")
+
+
+def compile_step(job: Job) -> Findings:
+    """torch.compile by default, by itself and in a CUDA graph."""
+    yield from _inference(job, (*_SHORT, "compile", "compile CUDA graph"))
+
+
+def autotune_step(job: Job) -> Findings:
+    """torch.compile with max-autotune and freezing, which takes minutes a batch size."""
+    yield from _inference(job, (*_SHORT, "compile max-autotune frozen, CUDA graph"))
+
+
+def _inference(
+    job: Job, names: tuple[str, ...] | list[str], *, cold: bool = False, memory: bool = False
+) -> Findings:
+    if cold and job.device.type != "cuda":
+        return
+    roof = roofs.measure(job.device, scenario.DTYPES[job.dtype])
+    layers = floors.trace(floors.network(), job.size)
+    chain = floors.stages(layers, "all fused", job.element_size)
+    for batch in job.batches:
+        found = scenario.run(
+            "inference",
+            {name: peers_cuda.INFERENCE[name] for name in names},
+            job.inference(batch),
+            job.dtype,
+            device=job.device,
+            rounds=job.rounds,
+            cold=cold,
+            memory=memory,
+            floor=floors.seconds(chain, batch, roof),
+            floor_of=f"all fused, {roof.name}",
+        )
+        yield {"scenario": found}
+
+
+def kernels_step(job: Job) -> Findings:
+    yield from gpu_kernels.kernels(job)
+
+
+def modules_step(job: Job) -> Findings:
+    yield from gpu_kernels.modules(job)
+
+
+def training_step(job: Job) -> Findings:
+    """A training step with both heads, without optimizer, under autocast on a GPU."""
+    on_gpu = job.device.type == "cuda"
+    for batch in (128, 32) if on_gpu else (2,):
+        work = workload.training_workload(
+            job.state_dict(True), batch, size=job.size, device=job.device.type
+        )
+        found = scenario.run(
+            "training step",
+            peers_cuda.TRAINING if on_gpu else {"ours": peers_cuda.train_ours},
+            work,
+            "bf16" if on_gpu else job.dtype,
+            device=job.device,
+            rounds=job.rounds,
+            memory=True,
+        )
+        yield {"scenario": found}
+
+
+STEPS: Mapping[str, Callable[[Job], Findings]] = {
+    "environment": environment_step,
+    "correctness": correctness_step,
+    "network": network_step,
+    "kernels": kernels_step,
+    "modules": modules_step,
+    "compile": compile_step,
+    "training": training_step,
+    "autotune": autotune_step,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("--lines", type=Path, required=True, help="where the findings go")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    args = parser.parse_args(argv)
+    with args.lines.open("a", encoding="utf-8") as lines:
+        for finding in STEPS[args.step](Job.on(args.device)):
+            lines.write(json.dumps(finding) + "\n")
+            lines.flush()
+            if "scenario" in finding:
+                print(scenario.table(finding["scenario"]), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

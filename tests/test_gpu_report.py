@@ -1,0 +1,166 @@
+"""benchmarks/gpu_report.py without a GPU: that steps may fail, hang or run out of time, and that
+what they do runs on tiny shapes."""
+
+import dataclasses
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_devices import needs_emulator
+
+from inception_ext.testing import emulated
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def module(monkeypatch, name):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def gpu_report(monkeypatch):
+    return module(monkeypatch, "gpu_report")
+
+
+STEPS = {
+    "environment": "import json, sys; open(sys.argv[1], 'w').write(json.dumps({'a': 1}) + '\\n')",
+    "correctness": "import sys; open(sys.argv[1], 'w').write('{\"b\": 2}\\n{\"c')\n"
+    "sys.exit('gone')",
+    "network": "import sys, time, subprocess\n"
+    "open(sys.argv[1], 'w').write('{\"d\": 3}\\n'); print('waiting', flush=True)\n"
+    "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])",
+    "kernels": "raise SystemExit('never gets a turn')",
+}
+
+
+def test_each_step_keeps_what_it_has(gpu_report, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        gpu_report,
+        "step",
+        lambda name, device, lines: [sys.executable, "-c", STEPS[name], str(lines)],
+    )
+    monkeypatch.setattr(gpu_report, "SPARE", 0.0)
+    start = time.monotonic()
+    status = gpu_report.main(["--out", str(tmp_path / "new"), "--budget", "4", "--steps", *STEPS])
+    assert time.monotonic() - start < 8  # the children of a step that hangs end with it
+    assert status == 3
+    report = json.loads((tmp_path / "new" / "report.json").read_text())
+    steps = {step["name"]: step for step in report["steps"]}
+    assert [step["status"] for step in steps.values()] == ["ok", "failed", "stopped", "no time"]
+    assert steps["environment"]["findings"] == [{"a": 1}]
+    assert steps["correctness"]["findings"] == [{"b": 2}]  # the line that was cut off is not
+    assert steps["correctness"]["exit_status"] == 1
+    assert "gone" in steps["correctness"]["output"]
+    assert steps["network"]["findings"] == [{"d": 3}]
+    assert "waiting" in steps["network"]["output"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "report.json",
+        "report.md",
+    ]
+    assert "| network | stopped |" in (tmp_path / "new" / "report.md").read_text()
+
+
+def test_tests_are_counted_from_what_pytest_prints(gpu_report):
+    output = """
+tests/a.py::test_x[1-cuda] PASSED                       [ 33%]
+tests/a.py::test_y SKIPPED (no GPU)                     [ 66%]
+tests/b.py::test_z[a b] FAILED                          [100%]
+"""
+    (finding,) = gpu_report.test_findings(output)
+    assert finding["tests"] == {
+        "count": {"PASSED": 1, "SKIPPED": 1, "FAILED": 1},
+        "not_passed": ["tests/b.py::test_z[a b]"],
+    }
+    assert gpu_report.test_findings("No module named pytest") == []
+
+
+def test_wrong_results_are_named(gpu_report, monkeypatch):
+    check = {"variant": "bvlc", "dtype": "fp16", "batch": 1, "size": [15, 33], "images": "u"}
+    row = {"name": "ours freeze", "status": "wrong", "reason": "error", "error": 1.0}
+    findings = [
+        {"check": {**check, "ok": True, "wrong": []}},
+        {"check": {**check, "ok": False, "wrong": [{"name": "lrn 64x7x7 -> 64"}]}},
+        {"check": {**check, "ok": False, "raised": "RuntimeError: illegal"}},
+        {"scenario": {"kind": "inference", "batch": 8, "contestants": [row]}},
+        {"kernel": {"name": "conv_group", "batch": 8, "error": "RuntimeError: no"}},
+        {"tests": {"count": {}, "not_passed": ["tests/b.py::test_z"]}},
+    ]
+    report = {"steps": [{"status": "ok", "findings": findings}]}
+    assert gpu_report.gpu_markdown.wrong(report) == [
+        "bvlc fp16 1 x 15 x 33 u: lrn 64x7x7 -> 64",
+        "bvlc fp16 1 x 15 x 33 u: RuntimeError: illegal",
+        "inference, batch 8, ours freeze",
+        "conv_group, batch 8: RuntimeError: no",
+        "tests/b.py::test_z",
+    ]
+    assert gpu_report.exit_status(report) == 1
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """A job of a step, as on a machine without a GPU but smaller still."""
+    steps = module(monkeypatch, "gpu_steps")
+    whole = steps.Job.on("cpu")
+    return dataclasses.replace(whole, batches=(1,), size=33, parts=("stem", "inception5b"))
+
+
+@pytest.mark.parametrize("name", ["environment", "correctness", "kernels", "modules"])
+def test_steps_run(monkeypatch, job, name):
+    steps = module(monkeypatch, "gpu_steps")
+    gpu_markdown = module(monkeypatch, "gpu_markdown")
+    findings = json.loads(json.dumps(list(steps.STEPS[name](job))))
+    report = {"steps": [{"name": name, "status": "ok", "seconds": 1.0, "findings": findings}]}
+    assert gpu_markdown.wrong(report) == []
+    text = gpu_markdown.render(report)
+    if name == "environment":
+        assert findings[1]["roof"]["flops"] > 1e8
+        assert "torch" in text
+    elif name == "correctness":
+        assert [finding["check"]["ok"] for finding in findings] == [True, True]
+        assert all(0 < finding["check"]["error"] < 1e-4 for finding in findings)
+    elif name == "modules":
+        rows = {row["name"]: row for row in findings[1]["scenario"]["contestants"]}
+        assert findings[1]["scenario"]["kind"] == "inception5b"
+        assert rows["ours eval"]["status"] == rows["eager channels_last"]["status"] == "ok"
+        assert "CUDA graphs need a GPU" in rows["eager CUDA graph"]["reason"]  # named, not dropped
+
+
+@needs_emulator
+def test_launches_are_caught_checked_and_counted(monkeypatch):
+    launches = module(monkeypatch, "launches")
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 9, 9).to(torch.float16).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(24, 16).to(torch.float16)
+    y = torch.empty(2, 24, 9, 9, dtype=torch.float16).to(memory_format=torch.channels_last)
+    pooled = torch.empty(2, 24, 4, 4, dtype=torch.float16).to(memory_format=torch.channels_last)
+    ops = torch.ops.inception_ext_emulated
+    with emulated(), launches.Catch(checking=True) as caught:
+        one = ([x, x], [weight, weight], [torch.zeros(24)] * 2, [1, 1] * 2, [1, 1] * 2, [0, 0] * 2)
+        halves = [y[:, :8], y[:, 8:], torch.empty_like(y)]
+        ops.conv_group(*one, [False, True], [True, True], [2, 1], True, None, halves)
+        ops.max_pool_out(y, [3, 3], [2, 2], [0, 0], False, pooled)
+    first, second = caught.launches
+    assert launches.describe(first) == "conv_group 16x9x9, 16x9x9 -> 8, 16, 24"
+    assert launches.describe(second) == "max_pool_out 24x9x9 -> 24"
+    assert launches.flops(first) == 2 * (2 * 2 * 81 * 24 * 16)
+    assert launches.flops(second) == 0
+    pixels = 2 * 81 * 2
+    assert launches.touched_bytes(first) == pixels * (16 + 24 + 24) + 24 * 16 * 2 + 24 * 4
+    assert [check.ok for check in caught.checks] == [True, True]
+    assert 0 < caught.checks[0].error <= caught.checks[0].limit < 0.01
+    assert torch.equal(pooled, torch.nn.functional.max_pool2d(y, 3, 2))
+
+    broken = first._replace(arguments=(*first.arguments[:7], [False, True], *first.arguments[8:]))
+    monkeypatch.setattr(launches.reference, "conv_group", lambda *a: [t.fill_(1) for t in a[-1]])
+    with emulated():
+        assert not launches.check(broken).ok
+
+
+def test_nan_is_not_ok(monkeypatch):
+    launches = module(monkeypatch, "launches")
+    assert not launches.Check("op", float("nan"), 0.0, 1.0).ok
