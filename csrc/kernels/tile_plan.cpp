@@ -1,19 +1,22 @@
 #include "tile_plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 namespace inception_ext::kernels {
 namespace {
 
 // A model of an H100, in clock cycles of one multiprocessor. It only has to rank plans.
-constexpr double kClocksPerProduct = 1.6;   // of m16n8 over 32 bytes of K, by all warps together
+constexpr double kClocksPerProduct = 3.2;   // of m16n8 over 64 bytes of K, by all warps together
 constexpr double kBytesPerClock = 25;       // from the L2 cache, when every multiprocessor reads
 constexpr double kBytesPerClockAlone = 64;  // when few do
-constexpr double kStepLatency = 200;   // of a step of K, however small: copy, barrier, products
+constexpr double kStepClocks = 150;    // of a step of K besides its products: barrier, ldmatrix
 constexpr double kTileClocks = 2000;   // start, first copies, epilogue
-constexpr double kSplitClocks = 1500;  // of the last block, which adds up
+constexpr double kSplitClocks = 2500;  // until the last block adds up
+constexpr double kSplitGain = 0.95;    // of the clocks without, at most: the model is no finer
 constexpr int kMaxSplits = 16;
+constexpr int kUnsplit = 1 << 30;  // steps of K in a block
 // Blocks that share a multiprocessor, by registers.
 constexpr int kResident[kTileShapeCount] = {2, 3, 4};
 
@@ -30,12 +33,21 @@ int32_t shared_bytes(const Gemm& gemm, const TileShape& shape) {
   return (kTileStages * staged + pooled) * kTileRowBytes;
 }
 
-// Clocks of one block over `steps` of K, if it had a multiprocessor's throughput to itself.
-double work_of(const Gemm& gemm, const TileShape& shape, double units, double steps) {
-  const double rows = std::min(gemm.m, shape.rows());
-  const double products = 2 * ceil_div(static_cast<int32_t>(rows), 16) * units;
+// Clocks of a step of K of one block.
+struct StepClocks {
+  double busy;   // of the multiprocessor, when it has other blocks to go on with
+  double alone;  // from start to end, when it has none: nothing hides barrier and ldmatrix
+};
+
+StepClocks step_clocks(const Gemm& gemm, const TileShape& shape, double units) {
+  const int32_t rows = std::min(gemm.m, shape.rows()), fragments = ceil_div(rows, 16);
   const double bytes = (rows + 8 * units) * kTileRowBytes;
-  return steps * std::max(kClocksPerProduct * products, bytes / kBytesPerClock);
+  const double products = kClocksPerProduct * fragments * units;
+  const double slowest_warp = kTileWarps * kClocksPerProduct *
+                              std::min(fragments, shape.m_fragments) *
+                              std::ceil(units / shape.warps_n);
+  return {std::max(products, bytes / kBytesPerClock),
+          std::max(kStepClocks + slowest_warp, bytes / kBytesPerClockAlone)};
 }
 
 Candidate make_plan(const Gemm* gemms, int count, int shape_index, int steps_a_block,
@@ -48,10 +60,11 @@ Candidate make_plan(const Gemm* gemms, int count, int shape_index, int steps_a_b
     GemmTiles tiles;
     int32_t tiles_of_c;
     double clocks;  // of one block, alone
+    double share;   // of a multiprocessor's, when it has other blocks too
   };
-  Entry entries[kMaxGemms];
+  Entry entries[kMaxGemms] = {};
   int32_t counters = 0, partials = 0;
-  double work = 0, longest = 0;
+  double work = 0;
   for (int i = 0; i < count; ++i) {
     const Gemm& gemm = gemms[i];
     if (gemm.m == 0 || gemm.n == 0) continue;
@@ -65,17 +78,17 @@ Candidate make_plan(const Gemm* gemms, int count, int shape_index, int steps_a_b
       splits = 1;
     }
     const double steps = static_cast<double>(k_steps) / splits;
-    const double one = work_of(gemm, shape, static_cast<double>(units) / n_tiles, steps);
-    double clocks = std::max(one, kStepLatency * steps) + kTileClocks;
-    work += (one + kTileClocks / kResident[shape_index]) * tiles_of_c * splits;
+    const auto [busy, alone] = step_clocks(gemm, shape, static_cast<double>(units) / n_tiles);
+    double share = busy * steps + kTileClocks / kResident[shape_index];
+    double clocks = alone * steps + kTileClocks;
     if (splits > 1) {
-      const double bytes = static_cast<double>(splits * partial_bytes(shape));
-      clocks += kSplitClocks + bytes / kBytesPerClockAlone;
-      work += 2 * bytes / kBytesPerClock * tiles_of_c;
+      const double bytes = static_cast<double>(partial_bytes(shape));
+      share += 2 * bytes / kBytesPerClock;
+      clocks += kSplitClocks + splits * bytes / kBytesPerClockAlone;
     }
-    longest = std::max(longest, clocks);
+    work += share * tiles_of_c * splits;
     entries[plan.gemms++] = {
-        {i, 0, n_tiles, units, k_steps, splits, counters, partials}, tiles_of_c, clocks};
+        {i, 0, n_tiles, units, k_steps, splits, counters, partials}, tiles_of_c, clocks, share};
     if (splits > 1) {
       counters += tiles_of_c;
       partials += tiles_of_c * splits;
@@ -84,13 +97,16 @@ Candidate make_plan(const Gemm* gemms, int count, int shape_index, int steps_a_b
   }
   std::stable_sort(entries, entries + plan.gemms,
                    [](const Entry& a, const Entry& b) { return a.clocks > b.clocks; });
+  // Where the longest blocks go first, the grid ends about when it must: not before an even share
+  // of the work is done, nor before the multiprocessor with the most blocks has done these.
+  result.clocks = std::max(entries[0].clocks, work / budget.multiprocessors);
   for (int i = 0; i < plan.gemms; ++i) {
     plan.tiles[i] = entries[i].tiles;
     plan.tiles[i].first_block = plan.blocks;
     plan.blocks += entries[i].tiles_of_c * entries[i].tiles.splits;
+    const int32_t most = ceil_div(plan.blocks, budget.multiprocessors);
+    result.clocks = std::max(result.clocks, most * entries[i].share);
   }
-  // List scheduling ends at most one block after an even share of the work.
-  result.clocks = work / budget.multiprocessors + longest;
   return result;
 }
 
@@ -101,10 +117,10 @@ TilePlan plan_tiles(const Gemm* gemms, int count, const TileBudget& budget) {
   best.shape = -1;
   double clocks = std::numeric_limits<double>::infinity();
   for (int shape = 0; shape < kTileShapeCount; ++shape) {
-    for (int steps = 1 << 20; steps >= 2; steps = steps > 128 ? 128 : steps / 2) {
+    for (int steps = kUnsplit; steps >= 2; steps = steps > 128 ? 128 : steps / 2) {
       const Candidate candidate = make_plan(gemms, count, shape, steps, budget);
       if (candidate.plan.shared_bytes > budget.shared_bytes) break;
-      if (candidate.clocks < clocks) {
+      if (candidate.clocks < (steps == kUnsplit ? 1 : kSplitGain) * clocks) {
         clocks = candidate.clocks;
         best = candidate.plan;
       }
