@@ -63,6 +63,58 @@ struct MaxPoolBackwardParams {
   bool accumulate;  // false: grad_x = result (zeros included); true: grad_x += result
 };
 
+// The images that the stem reads: uint8 or floating, in any layout.
+enum class ImageDType : int32_t { kUint8 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat32 = 3 };
+
+struct ImageStrides {
+  int64_t n;
+  int64_t c;
+  int64_t h;
+  int64_t w;
+};
+
+// conv 7x7, stride 2, padding 3 of x * scale + shift, + bias + ReLU, max pool 3x3, stride 2.
+struct StemConvPoolParams {
+  const void* x;       // [N, 3, H, W], x_dtype
+  const void* weight;  // [64, 152], dtype: row k is filter k in (r, s, c) order, then 5 of padding
+  const float* bias;   // [64]
+  void* y;             // [N, P, Q, 64], dtype
+  ImageStrides x_stride;
+  int64_t y_stride;  // elements from one pixel to the next; rows and images follow without a gap
+  float scale[3];
+  float shift[3];
+  int64_t batch;     // N
+  int32_t input_h;   // H
+  int32_t input_w;   // W
+  int32_t conv_h;    // (H + 1) / 2
+  int32_t conv_w;    // (W + 1) / 2
+  int32_t output_h;  // P; its windows start inside of conv_h
+  int32_t output_w;  // Q
+  ImageDType x_dtype;
+  DType dtype;
+  bool exact;  // float32 products in fp32; else on tensor cores, rounded to TF32
+};
+
+// conv 1x1 (64 -> 64) + bias + ReLU, conv 3x3, padding 1 (64 -> 192) + bias + ReLU, max pool 3x3,
+// stride 2.
+struct StemConvConvPoolParams {
+  const void* x;        // [N, H, W, 64], dtype
+  const void* weight1;  // [64, 64], dtype
+  const float* bias1;   // [64]
+  const void* weight2;  // [192, 576], dtype: row k is filter k in (r, s, c) order
+  const float* bias2;   // [192]
+  void* y;              // [N, P, Q, 192], dtype
+  int64_t x_stride;     // elements from one pixel to the next; rows and images follow without a gap
+  int64_t y_stride;
+  int64_t batch;     // N
+  int32_t input_h;   // H
+  int32_t input_w;   // W
+  int32_t output_h;  // P; its windows start inside of H
+  int32_t output_w;  // Q
+  DType dtype;
+  bool exact;  // float32 products in fp32; else on tensor cores, rounded to TF32
+};
+
 struct GlobalAvgPoolParams {
   const void* x;     // [N, H * W, C], dtype
   void* y;           // [N, C], dtype

@@ -64,6 +64,8 @@ STABLE_TORCH_LIBRARY(INCEPTION_EXT_OPS, m) {
   m.def(
       "stem_conv_conv_pool(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
       "bool exact, Tensor(a!) y) -> ()");
+  // Whether both fit into the shared memory of weight's device, computed in its dtype
+  m.def("stem_fits(Tensor weight) -> bool");
   // x [N, C, H, W] -> y [N, C, 1, 1]
   m.def("global_avg_pool(Tensor x, Tensor(a!) y) -> ()");
   // Local response normalisation, as torch.nn.LocalResponseNorm

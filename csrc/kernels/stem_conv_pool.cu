@@ -1,0 +1,152 @@
+// conv 7x7 stride 2 padding 3 + bias + ReLU + max pool 3x3 stride 2, from the image, in one kernel.
+//
+//   z[n, p, q, k] = relu(bias[k] + sum over r, s, c of
+//                        weight[k, r, s, c] * (x[n, c, 2p - 3 + r, 2q - 3 + s] * scale[c] +
+//                        shift[c]))
+//   y[n, p, q, k] = max of z over rows 2p ... 2p + 2, columns 2q ... 2q + 2, as far as z goes
+//
+// Outside the image the convolution reads zeros. Blocks stay: each lays the filters out once in
+// shared memory, then computes one tile (stem_plan.h) after another.
+#include <cstdint>
+
+#include "device/pooled_tile.cuh"
+#include "device/stem_patch.cuh"
+#include "device/sync.cuh"
+#include "device/tensor_math.cuh"
+#include "launch.h"
+#include "stem.h"
+
+namespace inception_ext::kernels {
+namespace {
+
+template <typename Math, int kRows>
+__global__ void __launch_bounds__(PatchTile<kRows, 2>::kThreads, kStemBlocks)
+    stem_conv_pool_kernel(const __grid_constant__ StemConvPoolParams p, int32_t tiles,
+                          bool vectors) {
+  using T = typename Math::Element;
+  using Tile = PatchTile<kRows, sizeof(T)>;
+  constexpr int kSteps = PatchOrder<T>::kChunks / Math::kStepChunks;
+  constexpr int kTileSteps = kRowChunks / Math::kStepChunks;
+  // Unrolled, the scalar products would be ten thousand instructions.
+  constexpr int kUnroll = Math::kStepChunks == 2 ? kSteps : 1;
+  char* filters = dynamic_shared();
+  const ConvTile<T, kRows> conv(filters + Tile::kFilterBytes);
+  char* behind_conv = filters + Tile::kFilterBytes + Tile::kConvBytes;
+  uint32_t* patch = reinterpret_cast<uint32_t*>(behind_conv);
+  float* bias = reinterpret_cast<float*>(behind_conv + Tile::kPatchBytes);
+
+  fill_filters<Math, kRows>(filters, static_cast<const T*>(p.weight));
+  if (threadIdx.x < kStemFilters) {
+    store_shared(bias + threadIdx.x, load_global(p.bias + threadIdx.x));
+  }
+  wait_for_previous_kernel();
+  allow_next_kernel();
+
+  for (int32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const PooledOrigin origin = pooled_origin<kRows>(tile, p.output_h, p.output_w);
+    fill_patch<Math, kRows>(patch, p, origin);
+    __syncthreads();
+
+    float c[Tile::kFragments][8][4];
+    start_sums<T>(c, bias);
+#pragma unroll kUnroll
+    for (int step = 0; step < kSteps; ++step) {
+      typename Math::A a[Tile::kFragments];
+#pragma unroll
+      for (int f = 0; f < Tile::kFragments; ++f) {
+        const uint32_t* row = patch + 2 * fragment_row<kRows>(f) * Tile::kRowWords;
+        load_windows<Math>(a[f], row + 3 * fragment_column<kRows>(f), step);
+      }
+      const char* filter_tile = filters + step / kTileSteps * kStemFilters * kRowBytes;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        typename Math::B b;
+        Math::load_b(b, filter_tile, 16 * j, step % kTileSteps);
+#pragma unroll
+        for (int f = 0; f < Tile::kFragments; ++f) {
+          Math::multiply(c[f][2 * j], a[f], b, 0);
+          Math::multiply(c[f][2 * j + 1], a[f], b, 1);
+        }
+      }
+    }
+#pragma unroll
+    for (int f = 0; f < Tile::kFragments; ++f) conv.store(c[f], f);
+    __syncthreads();
+    T* y = static_cast<T*>(p.y) + origin.n * p.output_h * p.output_w * p.y_stride;
+    conv.pool(y, p.y_stride, vectors, origin, p.conv_h - 2 * origin.row,
+              p.conv_w - 2 * origin.column, p.output_h, p.output_w);
+  }
+}
+
+template <typename Math, int kRows>
+cudaError_t launch_rows(const StemConvPoolParams& p, const DeviceLimits& device,
+                        cudaStream_t stream) {
+  using T = typename Math::Element;
+  using Tile = PatchTile<kRows, sizeof(T)>;
+  const int64_t tiles = stem_tiles(kRows, p.batch, p.output_h, p.output_w);
+  if (tiles > INT32_MAX) return cudaErrorInvalidValue;
+  const int64_t resident = int64_t{device.multiprocessors} * kStemBlocks;
+  const dim3 grid(static_cast<unsigned>(tiles < resident ? tiles : resident));
+  const bool vectors = is_aligned(p.y, 16) && p.y_stride % kVectorSize<T> == 0;
+  note_useful_macs(int64_t{p.batch} * p.conv_h * p.conv_w * kStemFilters * kFilterRow *
+                   kFilterWidth);
+  return launch_dependent(stem_conv_pool_kernel<Math, kRows>, grid, dim3(Tile::kThreads),
+                          Tile::kSharedBytes, stream, p, static_cast<int32_t>(tiles), vectors);
+}
+
+// Four rows waste less than two, where they leave no multiprocessor idle.
+template <typename Math>
+cudaError_t launch_math(const StemConvPoolParams& p, const DeviceLimits& device,
+                        cudaStream_t stream) {
+  constexpr int kBytes = sizeof(typename Math::Element);
+  if constexpr (kBytes == 2 && Math::kStepChunks == 2) {
+    if (stem_tiles(4, p.batch, p.output_h, p.output_w) >= device.multiprocessors &&
+        PatchTile<4, kBytes>::kSharedBytes <= device.shared_bytes) {
+      return launch_rows<Math, 4>(p, device, stream);
+    }
+  }
+  if (PatchTile<2, kBytes>::kSharedBytes > device.shared_bytes)
+    return cudaErrorInvalidConfiguration;
+  return launch_rows<Math, 2>(p, device, stream);
+}
+
+bool takes(const StemConvPoolParams& p) {
+  constexpr int32_t kMaxExtent = 1 << 28;
+  return p.batch >= 0 && p.input_h >= 1 && p.input_h <= kMaxExtent && p.input_w >= 1 &&
+         p.input_w <= kMaxExtent && p.conv_h >= 1 && p.conv_w >= 1 && p.output_h >= 1 &&
+         p.output_w >= 1 && 2 * (p.output_h - 1) < p.conv_h && 2 * (p.output_w - 1) < p.conv_w;
+}
+
+}  // namespace
+
+cudaError_t stem_conv_pool(const StemConvPoolParams& p, cudaStream_t stream) {
+  if (!takes(p)) return cudaErrorInvalidValue;
+  if (p.batch == 0) return cudaSuccess;
+  if (!p.x || !p.weight || !p.bias || !p.y) return cudaErrorInvalidValue;
+  DeviceLimits device;
+  if (const cudaError_t error = device_limits(device); error != cudaSuccess) return error;
+  const bool sm_80 = device.capability >= 80;
+  switch (p.dtype) {
+    case DType::kFloat16:
+      return launch_math<TensorMath<__half>>(p, device, stream);
+    case DType::kBFloat16:
+      return sm_80 ? launch_math<TensorMath<__nv_bfloat16>>(p, device, stream)
+                   : launch_math<ScalarMath<__nv_bfloat16>>(p, device, stream);
+    case DType::kFloat32:
+      return sm_80 && !p.exact ? launch_math<TensorMath<float>>(p, device, stream)
+                               : launch_math<ScalarMath<float>>(p, device, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t stem_fits(DType dtype, bool& fits) {
+  const bool wide = dtype == DType::kFloat32;
+  const int first = wide ? PatchTile<2, 4>::kSharedBytes : PatchTile<2, 2>::kSharedBytes;
+  const int second = wide ? ReducedTile<2, 4>::kSharedBytes : ReducedTile<2, 2>::kSharedBytes;
+  DeviceLimits device;
+  const cudaError_t error = device_limits(device);
+  fits = error == cudaSuccess && first <= device.shared_bytes && second <= device.shared_bytes;
+  return error;
+}
+
+}  // namespace inception_ext::kernels
