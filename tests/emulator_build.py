@@ -60,12 +60,19 @@ def digest(command: Sequence[str]) -> str:
     return text.hexdigest()[:16]
 
 
-def build_library(name: str, source: Path, extra: Sequence[str] = (), python: bool = False) -> Path:
+def build_library(
+    name: str,
+    source: Path,
+    extra: Sequence[str] = (),
+    python: bool = False,
+    kernels: Sequence[str] = (),
+) -> Path:
     """A shared library of one source and the emulator.
 
     Args:
         extra: Flags for all of it, the emulator too.
         python: Whether the source is a Python module with the emulator's controls.
+        kernels: Sources in csrc/kernels that go with it.
     """
     command = [str(COMPILER), *flags(), *extra]
     emulator = build_once(
@@ -73,7 +80,8 @@ def build_library(name: str, source: Path, extra: Sequence[str] = (), python: bo
         [path for path in EMULATOR if path.name not in CONTROLS],
         command,
     )
-    sources, objects = [source], list(emulator.glob("*.o"))
+    sources = [source, *(ROOT / "csrc" / "kernels" / kernel for kernel in kernels)]
+    objects = list(emulator.glob("*.o"))
     if python:
         command += python_flags()
         sources += [path for path in EMULATOR if path.name == "controls.cpp"]

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kGroupThreads, Source::kMinBlocks)
   const BatchNormReluBackwardItem& item = p.item[i];
   const auto group = group_of_block<kVec>(item, grid.first_group[i]);
   float* shared = reinterpret_cast<float*>(dynamic_shared());
-  float* scratch = shared + BatchNormVectors<kVec>::kCount * kGroupChannels;
+  float* scratch = shared + BatchNormVectors<kVec>::kCount * kMaxGroupChannels;
   const BatchNormVectors<kVec> vectors(item, group, shared);
 
   float sums[2][kVec] = {};  // of dy', of dy' * (x - mean)
@@ -99,9 +99,9 @@ __global__ void __launch_bounds__(kGroupThreads, Source::kMinBlocks)
   if (item.dx == nullptr && blockIdx.y > 0) return;
   const auto group = group_of_block<kVec>(item, grid.first_group[i]);
   float* shared = reinterpret_cast<float*>(dynamic_shared());
-  float* mean_dy = shared + BatchNormVectors<kVec>::kCount * kGroupChannels;
-  float* slope = mean_dy + kGroupChannels;
-  float* scratch = slope + kGroupChannels;
+  float* mean_dy = shared + BatchNormVectors<kVec>::kCount * kMaxGroupChannels;
+  float* slope = mean_dy + kMaxGroupChannels;
+  float* scratch = slope + kMaxGroupChannels;
 
   if (p.batch_statistics || item.dgamma != nullptr || item.dbeta != nullptr) {
     const auto cell = group.cell();
@@ -199,16 +199,20 @@ cudaError_t with_source(const BatchNormReluBackwardParams& p, const Function& fu
 cudaError_t batch_norm_relu_backward_reduce(const BatchNormReluBackwardParams& p,
                                             cudaStream_t stream) {
   if (!takes(p) || (p.chunks == 0 && p.pixels > 0)) return cudaErrorInvalidValue;
-  BatchNormGrid grid = {};
-  const int64_t groups = count_groups(p, grid);
-  if (p.chunks == 0 || groups == 0) return cudaSuccess;
+  bool has_channels = false;
   for (int i = 0; i < p.items; ++i) {
-    if (p.item[i].channels > 0 && p.item[i].partials == nullptr) return cudaErrorInvalidValue;
+    if (p.item[i].channels > 0 && p.chunks > 0 && p.item[i].partials == nullptr) {
+      return cudaErrorInvalidValue;
+    }
+    has_channels = has_channels || p.item[i].channels > 0;
   }
-  grid.chunk_pixels = (p.pixels + p.chunks - 1) / p.chunks;
+  if (p.chunks == 0 || !has_channels) return cudaSuccess;
   return with_source(p, [&](auto kind) {
     using Source = typename decltype(kind)::Type;
-    constexpr int kFloats = BatchNormVectors<Source::kVec>::kCount * kGroupChannels +
+    BatchNormGrid grid = {};
+    const int64_t groups = count_groups<Source::kVec>(p, grid);
+    grid.chunk_pixels = (p.pixels + p.chunks - 1) / p.chunks;
+    constexpr int kFloats = BatchNormVectors<Source::kVec>::kCount * kMaxGroupChannels +
                             ChannelGroup<Source::kVec>::kScratch;
     return launch_dependent(batch_norm_relu_backward_reduce_kernel<Source>,
                             dim3(static_cast<unsigned>(groups), static_cast<unsigned>(p.chunks)),
@@ -219,9 +223,7 @@ cudaError_t batch_norm_relu_backward_reduce(const BatchNormReluBackwardParams& p
 cudaError_t batch_norm_relu_backward_apply(const BatchNormReluBackwardParams& p,
                                            cudaStream_t stream) {
   if (!takes(p)) return cudaErrorInvalidValue;
-  BatchNormGrid grid = {};
-  const int64_t groups = count_groups(p, grid);
-  bool has_dx = false, has_sums = false;
+  bool has_channels = false, has_dx = false, has_sums = false;
   for (int i = 0; i < p.items; ++i) {
     const BatchNormReluBackwardItem& item = p.item[i];
     const bool needs_sums = p.batch_statistics || item.dgamma != nullptr || item.dbeta != nullptr;
@@ -229,19 +231,22 @@ cudaError_t batch_norm_relu_backward_apply(const BatchNormReluBackwardParams& p,
         (p.chunks == 0 || item.partials == nullptr)) {
       return cudaErrorInvalidValue;
     }
+    has_channels = has_channels || item.channels > 0;
     has_dx = has_dx || item.dx != nullptr;
     has_sums = has_sums || item.dgamma != nullptr || item.dbeta != nullptr;
   }
-  if (groups == 0 || (!has_sums && (!has_dx || p.pixels == 0))) return cudaSuccess;
-  // One wave of blocks, since each adds up all chunks.
-  constexpr int64_t kBlocks = 264, kLeastPixels = 128;
-  const int64_t parts = has_dx ? count_chunks(p.pixels, groups, kBlocks, kLeastPixels) : 1;
-  const int64_t blocks = parts < 1 ? 1 : parts;
-  grid.chunk_pixels = (p.pixels + blocks - 1) / blocks;
+  if (!has_channels || (!has_sums && (!has_dx || p.pixels == 0))) return cudaSuccess;
   return with_source(p, [&](auto kind) {
     using Source = typename decltype(kind)::Type;
+    // One wave of blocks, since each adds up all chunks.
+    constexpr int64_t kBlocks = 264, kLeastPixels = 128;
+    BatchNormGrid grid = {};
+    const int64_t groups = count_groups<Source::kVec>(p, grid);
+    const int64_t parts = has_dx ? count_chunks(p.pixels, groups, kBlocks, kLeastPixels) : 1;
+    const int64_t blocks = parts < 1 ? 1 : parts;
+    grid.chunk_pixels = (p.pixels + blocks - 1) / blocks;
     constexpr int kFloats =
-        (BatchNormVectors<Source::kVec>::kCount + 2) * kGroupChannels + kGroupThreads;
+        (BatchNormVectors<Source::kVec>::kCount + 2) * kMaxGroupChannels + kGroupThreads;
     return launch_dependent(batch_norm_relu_backward_apply_kernel<Source>,
                             dim3(static_cast<unsigned>(groups), static_cast<unsigned>(blocks)),
                             dim3(kGroupThreads), sizeof(float) * kFloats, stream, p, grid);

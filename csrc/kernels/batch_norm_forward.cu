@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kGroupThreads, 3)
   const int32_t i = item_of_block(p, grid);
   const BatchNormReluItem& item = p.item[i];
   const auto group = group_of_block<kVec>(item, grid.first_group[i]);
-  float* shared = reinterpret_cast<float*>(dynamic_shared());  // [3][kGroupChannels]
+  float* shared = reinterpret_cast<float*>(dynamic_shared());  // [3][kMaxGroupChannels]
   const BatchNormVectors<kVec> vectors(item, group, shared);
   if (!group.is_active()) return;
 
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kGroupThreads, 3)
 
 template <typename T, int kVec>
 cudaError_t launch_tile_statistics(const BatchNormTileStatisticsParams& p, cudaStream_t stream) {
-  const dim3 grid(channel_groups(p.channels), p.tiles);
+  const dim3 grid(ChannelGroup<kVec>::count(p.channels), p.tiles);
   const size_t bytes = sizeof(float) * (2 * kVec + 3) * kGroupThreads;
   return launch_dependent(batch_norm_tile_statistics_kernel<T, kVec>, grid, dim3(kGroupThreads),
                           bytes, stream, p, (p.pixels + p.tiles - 1) / p.tiles);
@@ -146,14 +146,14 @@ template <typename T, int kVec>
 cudaError_t launch_apply(const BatchNormReluApplyParams& p, cudaStream_t stream) {
   constexpr int64_t kBlocks = 1024, kLeastPixels = 256;
   BatchNormGrid grid = {};
-  const int64_t groups = count_groups(p, grid);
+  const int64_t groups = count_groups<kVec>(p, grid);
   if (groups == 0) return cudaSuccess;
   const int64_t chunks = count_chunks(p.pixels, groups, kBlocks, kLeastPixels);
   grid.chunk_pixels = (p.pixels + chunks - 1) / chunks;
   return launch_dependent(
       batch_norm_relu_apply_kernel<T, kVec>,
       dim3(static_cast<unsigned>(groups), static_cast<unsigned>(chunks)), dim3(kGroupThreads),
-      sizeof(float) * BatchNormVectors<kVec>::kCount * kGroupChannels, stream, p, grid);
+      sizeof(float) * BatchNormVectors<kVec>::kCount * kMaxGroupChannels, stream, p, grid);
 }
 
 }  // namespace
@@ -170,7 +170,7 @@ int32_t batch_norm_chunks(int64_t pixels, int64_t channels) {
   // Each block of backward_apply adds up all chunks of its channels: two blocks for each of 132
   // multiprocessors fill the memory pipeline, and more only add sums.
   constexpr int64_t kBlocks = 264, kLeastPixels = 64;
-  const int64_t groups = (channels + kGroupChannels - 1) / kGroupChannels;
+  const int64_t groups = (channels + kMaxGroupChannels - 1) / kMaxGroupChannels;
   return static_cast<int32_t>(count_chunks(pixels, groups, kBlocks, kLeastPixels));
 }
 

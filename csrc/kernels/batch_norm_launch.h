@@ -30,12 +30,12 @@ __device__ __forceinline__ ChannelGroup<kVec> group_of_block(const Item& item,
 }
 
 // Sets first_group; the number of groups.
-template <typename Params>
+template <int kVec, typename Params>
 int64_t count_groups(const Params& p, BatchNormGrid& grid) {
   int64_t groups = 0;
   for (int i = 0; i < p.items; ++i) {
     grid.first_group[i] = static_cast<int32_t>(groups);
-    groups += channel_groups(p.item[i].channels);
+    groups += ChannelGroup<kVec>::count(p.item[i].channels);
   }
   return groups;
 }

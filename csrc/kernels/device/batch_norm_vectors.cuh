@@ -23,13 +23,13 @@ template <int kVec>
 struct BatchNormVectors {
   static constexpr int kCount = 3;
 
-  // Reads the vectors of the group once for the block, through shared [kCount][kGroupChannels].
+  // Reads the vectors of the group once for the block, through shared [kCount][kMaxGroupChannels].
   // Every thread of the block calls it.
   template <typename Item>
   __device__ __forceinline__ BatchNormVectors(const Item& item, const ChannelGroup<kVec>& group,
                                               float* shared) {
-    const int32_t vector = threadIdx.x / kGroupChannels;
-    const int32_t position = threadIdx.x % kGroupChannels;
+    const int32_t vector = threadIdx.x / kMaxGroupChannels;
+    const int32_t position = threadIdx.x % kMaxGroupChannels;
     if (vector < kCount && position < group.size()) {
       const int32_t c = group.channel_at(position);
       const float* from = vector == 0 ? item.mean : vector == 1 ? item.gamma : item.beta;
@@ -39,8 +39,8 @@ struct BatchNormVectors {
     }
     __syncthreads();
     group.read(shared, mean);
-    group.read(shared + kGroupChannels, scale);
-    group.read(shared + 2 * kGroupChannels, beta);
+    group.read(shared + kMaxGroupChannels, scale);
+    group.read(shared + 2 * kMaxGroupChannels, beta);
   }
 
   // Of the vector's channel i.

@@ -1,4 +1,5 @@
-// A block's share of an activation [P, C]: up to 64 channels of a chunk of the pixels. Its threads
+// A block's share of an activation [P, C]: up to eight vectors of channels (32 channels where it
+// cannot be read in vectors) of a chunk of the pixels. Its threads
 // lie over vectors of channels, then over pixels; each keeps its vector and walks down the pixels,
 // so that what belongs to a channel is loaded once.
 #pragma once
@@ -13,11 +14,7 @@
 namespace inception_ext::kernels {
 
 constexpr int kGroupThreads = 256;
-constexpr int kGroupChannels = 64;
-
-__host__ __device__ inline int32_t channel_groups(int32_t channels) {
-  return (channels + kGroupChannels - 1) / kGroupChannels;
-}
+constexpr int kMaxGroupChannels = 64;
 
 // Shared memory holds what belongs to the group's channels in positions [0, channels), in an order
 // that lets each thread read its vector in 16-byte accesses without a bank conflict: runs of up to
@@ -26,13 +23,18 @@ template <int kVec>
 struct ChannelGroup {
   static constexpr int kRun = kVec < 4 ? kVec : 4;
   static constexpr int kRuns = kVec / kRun;
-  static constexpr int kSums = 2;  // that are added up for each channel
+  static constexpr int kMaxVectors = kVec == 1 ? 32 : 8;  // more would meet in a bank
+  static constexpr int kSums = 2;                         // that are added up for each channel
   // Floats of shared memory that add_rows takes: what each thread has, then one a thread.
   static constexpr int kScratch = (kSums * kVec + 1) * kGroupThreads;
 
-  // Group number `group` of channel_groups(channels).
+  // Groups that `channels` make.
+  __host__ __device__ static int32_t count(int32_t channels) {
+    return (channels / kVec + kMaxVectors - 1) / kMaxVectors;
+  }
+
   __device__ __forceinline__ ChannelGroup(int32_t channels, int32_t group) {
-    const int32_t vectors = channels / kVec, groups = channel_groups(channels);
+    const int32_t vectors = channels / kVec, groups = count(channels);
     const int32_t most = (vectors + groups - 1) / groups;
     const int32_t left = vectors - group * most;
     first = group * most * kVec;
