@@ -59,19 +59,26 @@ class GoogLeNetLoss(nn.Module):
         Raises:
             TypeError: outputs is neither a Tensor nor has the three fields.
         """
+        main, *auxiliary = self.parts(outputs, target).values()
+        return main + self.aux_weight * sum(auxiliary) if auxiliary else main
+
+    def parts(self, outputs: Any, target: Any) -> dict[str, Tensor]:
+        """The unweighted loss of each head: ``main`` first, then ``aux1`` and ``aux2`` if there.
+
+        Arguments and errors are those of the forward pass.
+        """
         if isinstance(outputs, Tensor):
-            return self.criterion(outputs, target)
+            return {"main": self.criterion(outputs, target)}
         try:
             logits = outputs.logits
-            heads = (outputs.aux_logits1, outputs.aux_logits2)
+            heads = {"aux1": outputs.aux_logits1, "aux2": outputs.aux_logits2}
         except AttributeError:
             raise TypeError(
                 "outputs should be a Tensor or have the fields of GoogLeNetOutputs (logits, "
                 f"aux_logits2, aux_logits1) instead of {type(outputs).__name__}"
             ) from None
-        loss = self.criterion(logits, target)
-        auxiliary = [self.criterion(head, target) for head in heads if head is not None]
-        return loss + self.aux_weight * sum(auxiliary) if auxiliary else loss
+        present = {"main": logits, **{k: head for k, head in heads.items() if head is not None}}
+        return {name: self.criterion(head, target) for name, head in present.items()}
 
     def extra_repr(self) -> str:
         return f"aux_weight={self.aux_weight}"

@@ -11,8 +11,8 @@ import torch
 
 import inception_ext
 from inception_ext import _library
+from inception_ext._console import CommandError, Progress, require
 from inception_ext.cli import _cuda, demo, info, main
-from inception_ext.cli._console import CommandError, Progress, require
 
 SWITCHES = ("INCEPTION_EXT_DISABLE", "INCEPTION_EXT_REQUIRE", "INCEPTION_EXT_CUDA")
 

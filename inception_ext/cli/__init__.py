@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
-from inception_ext.cli._console import CommandError
+from inception_ext._console import CommandError
 
 __all__ = ["main"]
 

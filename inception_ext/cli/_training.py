@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from inception_ext.cli._console import Progress
+from inception_ext._console import Progress
 from inception_ext.googlenet import GoogLeNet
 from inception_ext.losses import GoogLeNetLoss
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inception_ext._console import CommandError, heading, require, say
 from inception_ext.cli import info
-from inception_ext.cli._console import CommandError, heading, require, say
 from inception_ext.cli._timing import cpu_in_use, interleaved_medians
 
 __all__ = ["add_arguments", "run"]

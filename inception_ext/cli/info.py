@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from inception_ext import _library, functional
+from inception_ext._console import say
 from inception_ext.cli import _cuda
-from inception_ext.cli._console import say
 
 __all__ = ["add_arguments", "collect", "render", "run"]
 

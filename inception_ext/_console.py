@@ -5,6 +5,8 @@ import sys
 from types import TracebackType
 from typing import Any
 
+from inception_ext._torchvision import import_torchvision
+
 __all__ = ["CommandError", "Progress", "heading", "require", "say"]
 
 
@@ -25,7 +27,10 @@ def require(extra: str, **modules: str) -> None:
     missing = []
     for module, package in modules.items():
         try:
-            importlib.import_module(module)
+            if module == "torchvision":
+                import_torchvision()
+            else:
+                importlib.import_module(module)
         except ImportError:
             missing.append(package)
     if missing:
@@ -44,14 +49,28 @@ def heading(text: str) -> None:
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere only the lines given to :meth:`line`."""
+    """A progress bar on a terminal; elsewhere only the lines given to :meth:`line`.
 
-    def __init__(self, total: int, label: str) -> None:
+    Args:
+        total, done: steps in all, and those of them that are behind.
+        label: stands before the bar.
+        shown: False for no bar anywhere.
+        stream: default: the standard output.
+    """
+
+    def __init__(
+        self, total: int, label: str, *, done: int = 0, shown: bool = True, stream: Any = None
+    ) -> None:
         self._bar: Any = None
-        if sys.stdout.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, desc=label, leave=False, file=sys.stdout)
+        self._stream = stream or sys.stdout
+        self.is_terminal = shown and self._stream.isatty()
+        if self.is_terminal:
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                self.is_terminal = False
+                return
+            self._bar = tqdm(total=total, initial=done, desc=label, leave=False, file=self._stream)
 
     def step(self, note: str) -> None:
         """One of ``total`` steps is done; ``note`` stands behind the bar."""
@@ -62,7 +81,7 @@ class Progress:
     def line(self, text: str) -> None:
         """A line that stays, above the bar."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
+            self._bar.write(text, file=self._stream)
         else:
             say(text)
 
