@@ -17,7 +17,7 @@ from training_runs import (
     train,
 )
 
-ALIKE = ("--dropout", "0", "--dropout-aux", "0", "--epochs", "1", "--synthetic-size", "24")
+ALIKE = ("--dropout", "0", "--dropout-aux", "0", "--epochs", "1", "--synthetic-size", "16")
 
 
 def finish(process: "subprocess.Popen[str]") -> str:
@@ -28,21 +28,21 @@ def finish(process: "subprocess.Popen[str]") -> str:
 
 @pytest.mark.parametrize(("variant", "size"), [("torchvision", "64"), ("bvlc", "32")])
 def test_two_processes_are_one_on_the_joined_batch(variant, size, tmp_path):
-    options = (*ALIKE, "--variant", variant, "--train-crop-size", size)
+    options = (*ALIKE, "--lr", "1e-4", "--variant", variant, "--train-crop-size", size)
     two = start(tmp_path / "two", *options, "-b", "4", "--sync-bn", torchrun=2)
     assert train(tmp_path / "one", *options, "-b", "8") == 0
     assert "of 4 x 2 images" in finish(two)
 
     rows = [steps(tmp_path / name) for name in ("one", "two")]
-    assert len(rows[0]) == len(rows[1]) == 3
+    assert len(rows[0]) == len(rows[1]) == 2
     for one, both in zip(*rows, strict=True):
         assert both["images"] == one["images"] == 8
         for name in ("loss", "main", "aux1", "aux2"):
-            # The first step sees the same weights; later ones amplify rounding.
-            limit = 1e-5 if one["step"] == 0 else 1e-3
+            # The first step sees the same weights; the next one amplifies rounding.
+            limit = 1e-5 if one["step"] == 0 else 2e-4
             assert both[name] == pytest.approx(one[name], rel=limit), one["step"]
     tests = [epochs(tmp_path / name)[0]["test"] for name in ("one", "two")]
-    assert tests[0]["images"] == tests[1]["images"] == 4
+    assert tests[0]["images"] == tests[1]["images"] == 3
     assert tests[1]["loss_main"] == pytest.approx(tests[0]["loss_main"], rel=1e-2)
 
     one, two_models = (last_checkpoint(tmp_path / name)["model"] for name in ("one", "two"))
