@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_strict", "read_state_dict"]
+__all__ = ["load_strict", "read_content", "read_state_dict", "state_dict_in"]
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -19,14 +20,27 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         RuntimeError: the file is truncated, is no checkpoint, or holds no state_dict.
     """
+    return state_dict_in(read_content(path), os.fspath(path))
+
+
+def read_content(path: str | os.PathLike[str]) -> Any:
+    """Whatever a file saved by ``torch.save`` holds; errors as in :func:`read_state_dict`."""
     name = os.fspath(path)
     if not os.path.isfile(name):
         raise FileNotFoundError(f"no checkpoint at {name}")
     try:
-        content = torch.load(name, map_location="cpu", weights_only=True)
+        return torch.load(name, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no pickle may raise anything at all
         what = str(error) or type(error).__name__
         raise RuntimeError(f"cannot read the checkpoint {name}: {what}") from error
+
+
+def state_dict_in(content: Any, name: str) -> dict[str, Tensor]:
+    """The state_dict in what a file holds, see :func:`read_state_dict`.
+
+    Raises:
+        RuntimeError: there is none; the message names the file.
+    """
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
