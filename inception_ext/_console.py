@@ -83,7 +83,7 @@ class Progress:
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
-            say(text)
+            print(text, file=self._stream, flush=True)
 
     def __enter__(self) -> "Progress":
         return self

@@ -49,8 +49,7 @@ class ImageClassification(nn.Module):
         self.std = tuple(std)
 
     def forward(self, image: "Image | Tensor") -> Tensor:
-        x = self._resized(image)
-        x = _center_crop(x, self.crop_size)
+        x = self.crop(image)
         if x.is_floating_point():
             x = x.to(torch.float32)
         else:
@@ -58,6 +57,11 @@ class ImageClassification(nn.Module):
         mean = torch.tensor(self.mean, device=x.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=x.device).view(-1, 1, 1)
         return (x - mean) / std
+
+    def crop(self, image: "Image | Tensor") -> Tensor:
+        """The image resized and cropped, not yet scaled or normalised: uint8 of a PIL image, what
+        ``freeze`` takes as it is; ``[..., 3, crop_size, crop_size]``."""
+        return _center_crop(self._resized(image), self.crop_size)
 
     def _resized(self, image: "Image | Tensor") -> Tensor:
         if isinstance(image, Tensor):

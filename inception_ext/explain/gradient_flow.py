@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -150,7 +150,7 @@ def render(result: Mapping[str, Any]) -> str:
     """The table, and the sentence about 3a."""
     lines = [f"{'module':13}{'without':>10}{'with':>10}{'ratio':>8}     share of main  aux1  aux2"]
     for name in result["modules"]:
-        without, both = (mean(result[side]["norms"][name]) for side in ("without", "with"))
+        without, both = (median(result[side]["norms"][name]) for side in ("without", "with"))
         ratio = f"{both / without:7.2f}x" if without else f"{'-':>8}"
         own = shares(result, name)
         split = "".join(f"{own[head]['norm']:6.0%}" for head in HEADS)
@@ -162,7 +162,7 @@ def render(result: Mapping[str, Any]) -> str:
     )
     lines += [
         "",
-        f"norm of the gradient, mean of {result['steps']} steps; without and with the auxiliary "
+        f"norm of the gradient, median of {result['steps']} steps; without and with the auxiliary "
         "losses",
         f"3a's gradient: {by_norm} by norm; {along} along their sum",
     ]
@@ -182,7 +182,7 @@ def save_picture(result: Mapping[str, Any], path: Path) -> None:
         values = [result[side]["norms"][name] for name in names]
         norms.plot(
             x,
-            [mean(v) or float("nan") for v in values],
+            [median(v) or float("nan") for v in values],
             color=colour,
             marker=marker,
             label=f"{side} auxiliary losses",
@@ -191,7 +191,7 @@ def save_picture(result: Mapping[str, Any], path: Path) -> None:
         norms.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     norms.set_yscale("log")
     norms.set_ylabel("norm of the gradient")
-    norms.set_title(f"Mean and range of the first {result['steps']} steps, the same seed")
+    norms.set_title(f"Median and range of the first {result['steps']} steps, the same seed")
     norms.legend()
 
     bottom = [0.0] * len(names)
