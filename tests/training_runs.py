@@ -59,7 +59,7 @@ def start(folder: Path, *options: str, torchrun: int = 0) -> "subprocess.Popen[s
 def steps(folder: Path) -> list[dict[str, Any]]:
     """The lines of steps.csv without the one column that a clock decides."""
     rows = read_steps(folder / "steps.csv")
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 def epochs(folder: Path) -> list[dict[str, Any]]:

@@ -239,7 +239,7 @@ class Trainer:
             **means,
             "grad_norm": grad_norm,
             "images": int(count),
-            "images_per_second": round(self._pace.images_per_second, 2),
+            "seconds": round(self._pace.seconds, 4),
         }
 
     def _means(
@@ -372,16 +372,16 @@ class Trainer:
 
 
 class Pace:
-    """Images a second, of late."""
+    """Seconds since the step before, and images a second, of late."""
 
     def __init__(self) -> None:
-        self.images_per_second = 0.0
+        self.images_per_second = self.seconds = 0.0
         self._last = time.perf_counter()
 
     def add(self, images: float) -> None:
         now = time.perf_counter()
-        current = images / max(now - self._last, 1e-9)
-        self._last = now
+        self.seconds, self._last = now - self._last, now
+        current = images / max(self.seconds, 1e-9)
         before = self.images_per_second or current
         self.images_per_second = 0.9 * before + 0.1 * current
 

@@ -23,7 +23,7 @@ COLUMNS = (
     *(f"accuracy_{head}" for head in HEADS),
     "grad_norm",
     "images",
-    "images_per_second",
+    "seconds",
 )
 
 
