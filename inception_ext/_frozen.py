@@ -42,15 +42,30 @@ class Frozen:
         model: a GoogLeNet.
         dtype: of the computation; x has it, and the logits.
         model_dtype: of the model's weights, for modules without parameters.
+        names: which children, one after the other; x is what the first of them reads.
+        head: whether pool and classifier follow.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, model_dtype: torch.dtype) -> None:
+    reads_images = False  # but their normalised pixels
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        model_dtype: torch.dtype,
+        names: Sequence[str] = (*STEM, *BODY),
+        head: bool = True,
+    ) -> None:
         dtypes = (dtype, model_dtype)
         self.stem, self.body = (
-            [_step(getattr(model, name), dtypes) for name in names if hasattr(model, name)]
-            for names in (STEM, BODY)
+            [
+                _step(getattr(model, name), dtypes)
+                for name in names
+                if name in part and hasattr(model, name)
+            ]
+            for part in (STEM, BODY)
         )
-        self.head = _head(model, dtypes)
+        self.head = _head(model, dtypes) if head else []
 
     def __call__(self, x: Tensor) -> Tensor:
         # One channel of an image. The stem's largest activation has 64 channels of a quarter
@@ -74,6 +89,8 @@ def _run(steps: Sequence[Step], x: Tensor) -> Tensor:
 
 def _in_slices(steps: Sequence[Step], x: Tensor, images: int) -> Tensor:
     """Runs steps on slices of at most ``images`` images, where all are ours and on the CPU."""
+    if not steps:
+        return x
     n = x.shape[0]
     slices = -(-n // max(1, images))
     if slices <= 1 or x.device.type != "cpu" or any(isinstance(s, ModuleCall) for s in steps):

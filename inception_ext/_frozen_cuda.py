@@ -9,7 +9,7 @@ that read the images and write the logits: the first are read where they are, th
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -39,23 +39,34 @@ class FusedNetwork:
         model: a GoogLeNet.
         dtype: of the computation and the logits.
         model_dtype: of the model's weights, for modules without parameters.
+        names: which children, one after the other; without conv1, an activation comes in.
+        head: whether pool and classifier follow.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype, model_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: Any,
+        dtype: torch.dtype,
+        model_dtype: torch.dtype,
+        names: Sequence[str] = (*STEM, *BODY),
+        head: bool = True,
+    ) -> None:
+        self.reads_images = "conv1" in names
         self.dtype = dtype
         self._fused = self._total = 0
         self._parts: list[_Segment | Callable[[Any], Tensor]] = []
         dtypes = (dtype, model_dtype)
-        modules = [getattr(model, name) for name in (*STEM, *BODY) if hasattr(model, name)]
+        modules = [getattr(model, name) for name in names if hasattr(model, name)]
         self._add_all(modules, dtypes)
-        self._add_head(model, dtypes)
+        if head:
+            self._add_head(model, dtypes)
         self._lock = threading.Lock()
         self._streams: _Recent[_Stream] = _Recent(_MAX_STREAMS)
 
     def _add_all(self, modules: list[nn.Module], dtypes: Any) -> None:
         self._total = len(modules)
         while modules:
-            first = not self._parts
+            first = self.reads_images and not self._parts
             counts = [count for count in (3, 2, 1) if count <= len(modules)]
             steps = ((count, fused_step(modules[:count], first, self.dtype)) for count in counts)
             count, step = next(((n, s) for n, s in steps if s is not None), (1, None))
@@ -102,12 +113,12 @@ class FusedNetwork:
         """How many of the modules before the head are fused, and of how many."""
         return self._fused, self._total
 
-    def __call__(self, images: Images) -> Tensor:
-        pixels = images.pixels
-        if pixels.dtype == torch.float64:
-            images = images._replace(pixels=pixels.float())
-        exact = Exact.by_torch(self.dtype)
+    def __call__(self, images: Images | Tensor) -> Tensor:
         x: Any = images
+        pixels = images.pixels if isinstance(images, Images) else images
+        if isinstance(images, Images) and pixels.dtype == torch.float64:
+            x = images._replace(pixels=pixels.float())
+        exact = Exact.by_torch(self.dtype)
         if pixels.shape[0] == 0 or _needs_tensors_of_its_own(pixels):
             launcher = Launcher(pixels, self.dtype, exact)
             for part in self._parts:

@@ -32,6 +32,7 @@ def freeze(
     *,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
+    early_exit: float | None = None,
 ) -> "Engine":
     """A fast inference-only view of a GoogLeNet, whatever mode the model is in.
 
@@ -46,6 +47,8 @@ def freeze(
             bfloat16 on the CPU, also float16 on CUDA.
         mean, std: per channel; uint8 images are brought to ``(x / 255 - mean) / std``, as the
             transforms that come with the published weights do. Float images are used as they are.
+        early_exit: a confidence above 0, at most 1. Images of which an auxiliary classifier is so
+            sure skip the rest, and get its logits; ``engine.saved`` reports the work saved.
 
     Returns:
         an :class:`Engine`: ``engine(images) -> logits``.
@@ -53,9 +56,14 @@ def freeze(
     Raises:
         TypeError: the model lacks the children of a GoogLeNet.
         ValueError: a dtype that inference does not run in, ``mean`` or ``std`` of another length
-            than 3, or a ``std`` that is not positive.
+            than 3, a ``std`` that is not positive, or ``early_exit`` out of range or without
+            auxiliary classifiers in the model.
     """
-    return Engine(model, dtype, mean, std)
+    if early_exit is None:
+        return Engine(model, dtype, mean, std)
+    from inception_ext.early_exit import EarlyExitEngine
+
+    return EarlyExitEngine(model, dtype, mean, std, early_exit)
 
 
 class Engine:
@@ -91,7 +99,7 @@ class Engine:
         self._asked_dtype = dtype
         self._mean, self._std = tuple(mean), tuple(std)
         self._watch: Watch | None = None
-        self._networks: dict[Any, Frozen | FusedNetwork]
+        self._networks: dict[Any, Any]
         self.refresh()
 
     def refresh(self) -> None:
@@ -112,14 +120,17 @@ class Engine:
         self._network = self._network_for(weight)
         self._watch = watch
 
-    def _network_for(self, x: Tensor) -> Frozen | FusedNetwork:
+    def _network_for(self, x: Tensor) -> Any:
         """The network in kernels or, where these do not take x, in PyTorch's operations."""
         kind = FusedNetwork if functional.why_inference_reference(x, self.dtype) is None else Frozen
         networks = self._networks
         if kind not in networks:
             with torch.no_grad():
-                networks[kind] = kind(self.model, self.dtype, self._model_dtype)
+                networks[kind] = self._make_network(kind)
         return networks[kind]
+
+    def _make_network(self, kind: type[Frozen] | type[FusedNetwork]) -> Any:
+        return kind(self.model, self.dtype, self._model_dtype)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits ``[N, num_classes]`` of ``images``.
@@ -139,9 +150,7 @@ class Engine:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             given = self._images(images)
             network = self._network_for(given.pixels)
-            if isinstance(network, FusedNetwork):
-                return network(given)
-            return network(self._to_nhwc(given))
+            return network(given if network.reads_images else self._to_nhwc(given))
 
     def _images(self, images: Tensor) -> Images:
         pixels = check_images(images, self.device)

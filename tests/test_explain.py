@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from training_runs import make_images
 
 import inception_ext
+from inception_ext._blocks import Exits, measure_blocks, measure_exits
 from inception_ext.cli import main
 from inception_ext.explain import gradient_flow, softmaxes, topology
-from inception_ext.explain.blocks import Exits, measure_blocks, measure_exits
 from inception_ext.training.batches import Batches
 from inception_ext.training.data import open_data
 from inception_ext.training.distributed import World

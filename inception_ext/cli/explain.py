@@ -89,8 +89,8 @@ def _gradient_flow(args: argparse.Namespace) -> int:
 
 
 def _softmaxes(args: argparse.Namespace) -> int:
+    from inception_ext._blocks import measure_exits
     from inception_ext.explain import softmaxes
-    from inception_ext.explain.blocks import measure_exits
     from inception_ext.trained import load_trained
     from inception_ext.training.batches import Batches
     from inception_ext.training.data import open_data

@@ -4,6 +4,5 @@
 :mod:`.gradient_flow`   the gradient that reaches each module, with and without auxiliary losses
 :mod:`.softmaxes`       accuracy and calibration of the three softmaxes, and early exits
 :mod:`.topology`        the network as a picture
-:mod:`.blocks`          shape, parameters and work of each block
 ======================  ==========================================================================
 """

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inception_ext._blocks import AUXILIARY, block_names
 from inception_ext._console import Progress
 from inception_ext._files import replace_file
-from inception_ext.explain.blocks import AUXILIARY, block_names
 from inception_ext.losses import GoogLeNetLoss
 from inception_ext.training.batches import Batch, Batches
 from inception_ext.training.curves import COLOURS

@@ -7,8 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from inception_ext._blocks import Exits
 from inception_ext._files import replace_file
-from inception_ext.explain.blocks import Exits
 from inception_ext.training.curves import COLOURS
 from inception_ext.training.network import HEADS
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from inception_ext._blocks import AUXILIARY, Block, block_names, measure_blocks
 from inception_ext._files import replace_file
 from inception_ext._fuse import fused_step
 from inception_ext._steps import FoldedInception
-from inception_ext.explain.blocks import AUXILIARY, Block, block_names, measure_blocks
 
 __all__ = ["launches", "save_picture"]
 

@@ -30,8 +30,8 @@ def block_names(model: nn.Module) -> list[str]:
     return [name for name in (*STEM, *BODY) if hasattr(model, name)]
 
 
-def measure_blocks(model: Any, size: int) -> dict[str, Block]:
-    """Every block, the heads among them, by name, for one image of ``size`` x ``size``.
+def measure_blocks(model: Any, size: int | tuple[int, int]) -> dict[str, Block]:
+    """Every block, the heads among them, by name, for one image of a size (or height and width).
 
     Nothing is computed: shapes alone run through the network.
     """
@@ -48,7 +48,8 @@ def measure_blocks(model: Any, size: int) -> dict[str, Block]:
 
     with torch.no_grad():
         dtype = next(twin.parameters()).dtype
-        x = torch.empty(1, 3, size, size, device="meta", dtype=dtype)
+        height, width = (size, size) if isinstance(size, int) else size
+        x = torch.empty(1, 3, height, width, device="meta", dtype=dtype)
         for name in block_names(twin):
             x = run(name, x)
             head = AUXILIARY.get(name)
@@ -70,8 +71,8 @@ class Exits:
     plain: int
 
 
-def measure_exits(model: Any, size: int) -> Exits:
-    """What an early exit costs, for images of ``size`` x ``size``."""
+def measure_exits(model: Any, size: int | tuple[int, int]) -> Exits:
+    """What an early exit costs, for images of a size (or height and width)."""
     blocks = measure_blocks(model, size)
     names = list(blocks)
     flops = {name: block.flops for name, block in blocks.items()}
