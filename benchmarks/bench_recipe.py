@@ -22,16 +22,16 @@ from environment import commit, describe
 
 SCHEMA, SCHEMA_VERSION = "inception_ext.bench_recipe", 1
 SEEDS = (0, 1, 2)
-EPOCHS = 5
+EPOCHS = 3
 HEADS = ("main", "aux1", "aux2")
 
 DIGITS = ("digits", "--train-crop-size", "32", "--batch-size", "32", "--lr", "0.05")
 TRAIN = ("train", *DIGITS, "--epochs", str(EPOCHS), "--lr-warmup-epochs", "0.5")
-FLOW = ("explain", "gradient-flow", *DIGITS, "--steps", "20")
+FLOW = ("explain", "gradient-flow", *DIGITS, "--steps", "10")
 # Some steps, often enough to time them: fused and eager take turns.
-TIMED = ("train", "--synthetic", "--synthetic-size", "320", "--val-share", "0.01", "--epochs", "1")
+TIMED = ("train", "--synthetic", "--synthetic-size", "240", "--val-share", "0.01", "--epochs", "1")
 TIMED += ("--num-classes", "10", "--batch-size", "16", "--train-crop-size", "64", "--keep", "1")
-TURNS = 3
+TURNS = 2
 
 
 def commands(threads: int) -> dict[str, list[str]]:
@@ -170,7 +170,7 @@ def render(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Where the gradient of 3a comes from in the first 20 steps (shares of norm, mean of the "
+        "Where the gradient of 3a comes from in the first 10 steps (shares of norm, mean of the "
         "seeds), and its median norm:",
         "",
         "| network | main | aux1 | aux2 | norm without the heads | with |",

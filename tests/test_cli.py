@@ -138,8 +138,8 @@ def test_usage_names_every_command(capsys):
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert "info" in text
-    assert "demo" in text
+    for command in ("demo", "explain", "export", "info", "predict", "train"):
+        assert f"\n    {command} " in text
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 2
@@ -259,7 +259,7 @@ def test_training_repeats():
 
 
 def test_smoothed_starts_without_bias():
-    from inception_ext.cli._curves import smoothed
+    from inception_ext.training.curves import smoothed
 
     assert smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
     assert smoothed([0.0, 1.0]) == pytest.approx([0.0, 0.1 / 0.19])

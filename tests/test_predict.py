@@ -79,6 +79,15 @@ def test_uint8_goes_to_the_engine(weights, tmp_path, monkeypatch):
     assert (seen[0].dtype, seen[0].shape) == (torch.uint8, (1, 3, 40, 40))
 
 
+def test_early_exit(weights, tmp_path, capsys):
+    make_images(tmp_path, classes=1, each=3)
+    command = ["predict", str(tmp_path), "--weights", weights, "--early-exit", "0.01"]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert lines[-1].startswith("3 images left: 3 at aux1, 0 at aux2, 0 at main; ")
+
+
 def test_modes_and_formats(weights, tmp_path, capsys):
     random = np.random.default_rng(0)
     grey = Image.fromarray(random.integers(0, 256, (50, 70), dtype=np.uint8))

@@ -21,7 +21,7 @@ ALIKE = ("--dropout", "0", "--dropout-aux", "0", "--epochs", "1", "--synthetic-s
 
 
 def finish(process: "subprocess.Popen[str]") -> str:
-    out, error = process.communicate(timeout=180)
+    out, error = process.communicate(timeout=900)
     assert process.returncode == 0, out + error
     return out
 
@@ -84,7 +84,7 @@ def test_sigterm_to_one_of_two_stops_both_and_they_go_on(tmp_path: Path):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=900,
     )
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert "stopped by another process after step 2" in stopped.stdout

@@ -1,23 +1,11 @@
 """The loss curves as a PNG."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from inception_ext.cli._training import History
+from inception_ext.training.curves import COLOURS, smoothed
 
-__all__ = ["save_loss_curves", "smoothed"]
-
-COLOURS = {"total": "#222222", "main": "#1f77b4", "aux1": "#2ca02c", "aux2": "#d62728"}
-
-
-def smoothed(values: Sequence[float], keep: float = 0.9) -> list[float]:
-    """Exponential moving average without the bias of its start."""
-    average, weight, result = 0.0, 0.0, []
-    for value in values:
-        average = keep * average + (1 - keep) * value
-        weight = keep * weight + (1 - keep)
-        result.append(average / weight)
-    return result
+__all__ = ["save_loss_curves"]
 
 
 def save_loss_curves(history: History, path: Path, title: str) -> None:

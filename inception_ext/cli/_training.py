@@ -4,15 +4,14 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inception_ext._console import Progress
 from inception_ext.googlenet import GoogLeNet
 from inception_ext.losses import GoogLeNetLoss
+from inception_ext.training.network import HEADS, forward_heads
 
 __all__ = ["HEADS", "History", "Recipe", "head_logits", "train"]
-
-HEADS = ("main", "aux1", "aux2")
 
 
 @dataclass(frozen=True)
@@ -70,15 +69,12 @@ def train(
                 if len(chosen) < batch:
                     continue
                 optimizer.zero_grad(set_to_none=True)
-                outputs = model(images[chosen])
-                loss = criterion(outputs, labels[chosen])
+                parts = criterion.parts(model(images[chosen]), labels[chosen])
+                loss = parts["main"] + criterion.aux_weight * (parts["aux1"] + parts["aux2"])
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                with torch.no_grad():
-                    heads = (outputs.logits, outputs.aux_logits1, outputs.aux_logits2)
-                    parts = [criterion.criterion(head, labels[chosen]) for head in heads]
-                for name, value in zip(("total", *HEADS), (loss, *parts), strict=True):
+                for name, value in {"total": loss, **parts}.items():
                     history.losses[name].append(value.item())
                 progress.step(f"loss {loss.item():.3f}")
             means = history.epoch_means(epoch)
@@ -91,32 +87,13 @@ def train(
     return history
 
 
+@torch.no_grad()
 def head_logits(model: GoogLeNet, images: Tensor, *, batch_size: int = 120) -> dict[str, Tensor]:
-    """Logits ``[N, num_classes]`` of all three heads in eval mode, by the names in HEADS.
-
-    In eval mode a GoogLeNet runs its main head only: hooks catch what the others would read.
-    """
-    assert model.aux1 is not None and model.aux2 is not None
-    caught: dict[str, Tensor] = {}
-
-    def catch(name: str, block: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
-            caught[name] = output
-
-        return block.register_forward_hook(hook)
-
-    handles = [catch("aux1", model.inception4a), catch("aux2", model.inception4d)]
+    """Logits ``[N, num_classes]`` of all three heads in eval mode, by the names in HEADS."""
     training = model.training
     model.eval()
-    logits: dict[str, list[Tensor]] = {name: [] for name in HEADS}
     try:
-        with torch.no_grad():
-            for part in images.split(batch_size):
-                logits["main"].append(model(part))
-                logits["aux1"].append(model.aux1(caught["aux1"]))
-                logits["aux2"].append(model.aux2(caught["aux2"]))
+        parts = [forward_heads(model, part) for part in images.split(batch_size)]
     finally:
         model.train(training)
-        for handle in handles:
-            handle.remove()
-    return {name: torch.cat(parts) for name, parts in logits.items()}
+    return {name: torch.cat([part[name] for part in parts]) for name in HEADS}

@@ -10,6 +10,7 @@
 :mod:`.checkpoint`        that state on disk
 :mod:`.metrics`           steps to CSV, epochs to JSON, TensorBoard
 :mod:`.curves`            both as a picture
+:mod:`.report`            what a run says on the terminal
 :mod:`.loop`              one step, one epoch, one run
 ========================  ======================================================================
 """

@@ -23,6 +23,7 @@ from inception_ext.training.evaluation import evaluate
 from inception_ext.training.metrics import Metrics, read_steps
 from inception_ext.training.network import HEADS, build_network, set_training
 from inception_ext.training.recipe import Recipe
+from inception_ext.training.report import Pace, epoch_line, losses_text
 from inception_ext.training.seeds import seeded
 from inception_ext.training.state import State
 from inception_ext.training.stop import StopRequest
@@ -167,7 +168,7 @@ class Trainer:
             state.best = test["accuracy_main"]
         self.save(best=is_best)
         if self.world.is_main:
-            say(_epoch_line(facts, self.recipe.epochs))
+            say(epoch_line(facts, self.recipe.epochs))
             self._write_summary()
 
     def _write_summary(self) -> None:
@@ -311,10 +312,7 @@ class Trainer:
             return
         assert self.metrics is not None
         self.metrics.step(row)
-        text = (
-            f"loss {row['loss']:.3f} ({', '.join(f'{head} {row[head]:.3f}' for head in HEADS)})  "
-            f"{self._pace.images_per_second:.0f} img/s"
-        )
+        text = losses_text(row, self._pace.images_per_second)
         bar.step(text)
         number = self.state.step_in_epoch + 1
         if not bar.is_terminal and number % self.output.print_freq == 0:
@@ -369,32 +367,3 @@ class Trainer:
             say(f"resuming after step {self.state.step} from {path}")
             for remark in remarks:
                 say(f"  {remark}")
-
-
-class Pace:
-    """Seconds since the step before, and images a second, of late."""
-
-    def __init__(self) -> None:
-        self.images_per_second = self.seconds = 0.0
-        self._last = time.perf_counter()
-
-    def add(self, images: float) -> None:
-        now = time.perf_counter()
-        self.seconds, self._last = now - self._last, now
-        current = images / max(self.seconds, 1e-9)
-        before = self.images_per_second or current
-        self.images_per_second = 0.9 * before + 0.1 * current
-
-
-def _epoch_line(facts: dict[str, Any], epochs: int) -> str:
-    train = facts["train"]
-    line = f"epoch {facts['epoch'] + 1}/{epochs}  train loss {train['loss']:.3f}"
-    for name in ("test", "test_ema"):
-        if facts[name]:
-            accuracies = ", ".join(
-                f"{head} {facts[name][f'accuracy_{head}']:.2%}" for head in HEADS
-            )
-            line += f"  {name.replace('_', ' ')} {accuracies}"
-    if train["skipped"]:
-        line += f"  {train['skipped']} unreadable"
-    return f"{line}  {facts['seconds']:.0f} s"
