@@ -113,11 +113,12 @@ def inference_workload(
     inputs: int = 4,
     checked: int = 2,
     device: str = "cpu",
+    build: Callable[..., nn.Module] | None = None,
 ) -> Workload:
-    """Logits of a network in eval mode, without heads."""
+    """Logits of a network in eval mode, without heads; ``build`` makes it, by default ours."""
     pictures = [x.to(device) for x in images(batch, inputs, seed=100 + batch, size=size)]
     work = Workload(state_dict, pictures, [], [], heads=False)
-    model = work.model(_ours()).double()
+    model = work.model(build or _ours()).double()
     with torch.no_grad():
         work.references = [model(x.double()) for x in work.images[:checked]]
     return work

@@ -16,6 +16,7 @@ from inception_ext import _library, functional
 from inception_ext._frozen import BODY, STEM, Frozen
 from inception_ext._frozen_cuda import FusedNetwork
 from inception_ext._images import Images, check_images
+from inception_ext._profiling import region
 from inception_ext._watch import Watch
 
 __all__ = ["Engine", "freeze"]
@@ -147,7 +148,8 @@ class Engine:
         if not torch.compiler.is_compiling() and self._watch.changed():
             self.refresh()
         # Autocast is for models that leave their dtypes open.
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        autocast = torch.autocast(self.device.type, enabled=False)
+        with region("engine"), torch.no_grad(), autocast:
             given = self._images(images)
             network = self._network_for(given.pixels)
             return network(given if network.reads_images else self._to_nhwc(given))
