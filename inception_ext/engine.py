@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from inception_ext import _library, functional
 from inception_ext._frozen import BODY, STEM, Frozen
+from inception_ext._frozen_cpu import FrozenCpu
 from inception_ext._frozen_cuda import FusedNetwork
 from inception_ext._images import Images, check_images
 from inception_ext._profiling import region
@@ -123,7 +124,9 @@ class Engine:
 
     def _network_for(self, x: Tensor) -> Any:
         """The network in kernels or, where these do not take x, in PyTorch's operations."""
-        kind = FusedNetwork if functional.why_inference_reference(x, self.dtype) is None else Frozen
+        kind: type[Frozen | FusedNetwork] = FrozenCpu if x.device.type == "cpu" else Frozen
+        if functional.why_inference_reference(x, self.dtype) is None:
+            kind = FusedNetwork
         networks = self._networks
         if kind not in networks:
             with torch.no_grad():
