@@ -11,6 +11,7 @@ from typing import Any
 
 import counts
 import floors
+import floors_training
 import markdown
 import results
 
@@ -107,6 +108,24 @@ def h100() -> str:
     return floors.render(floors.network(), [1, 8, 32, 128, 256], 224, 2)
 
 
+def training_floors() -> str:
+    """Bytes and least times of a training step by schedule."""
+    layers = floors.trace(floors.network())
+    rows = []
+    for name, passes in floors_training.SCHEDULES.items():
+        chain = floors_training.stages(layers, name)
+        times = [
+            " / ".join(f"{floors.seconds(chain, batch, roof) * 1e3:.2f}" for roof in floors.H100)
+            for batch in (32, 128, 256)
+        ]
+        megabytes = f"{floors.total(chain).bytes / 1e6:.1f}"
+        rows.append((name, passes.about, megabytes, *times))
+    flops = floors.total(chain).flops
+    batches = (f"ms, batch {batch}" for batch in (32, 128, 256))
+    header = ("schedule", "what it is", "MB an image", *batches)
+    return f"{flops / 1e9:.2f} GFLOP an image.\n\n{markdown.table(header, rows, words=(0, 1))}"
+
+
 def overhead() -> str:
     result = results.load(results.FOLDER / "overhead-2-cores.json")
     (scenario,) = results.scenarios(result, kind="overhead")
@@ -152,6 +171,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "cpu": cpu,
     "gpu": gpu,
     "h100-floors": h100,
+    "training-floors": training_floors,
     "overhead": overhead,
     "growth": growth,
     "counters": counters,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import counts
 import floors
+import floors_training
 import module_work
 import overhead
 import peers
@@ -157,7 +158,14 @@ def training(batch: int, options: Options, dtype: str) -> Found:
     work = workload.training_workload(
         options.weights(True), batch, size=options.size, device=options.device.type
     )
-    yield _run(options, "training step", factories, work, dtype, memory=True)
+    layers = floors.trace(floors.network(), options.size)
+    chain = floors_training.stages(layers, "fused", scenario.DTYPES[dtype].itemsize)
+    roof = options.roof(dtype)
+    floor = {
+        "floor": floors.seconds(chain, batch, roof),
+        "floor_of": f"fused, without the auxiliary heads, {roof.name}",
+    }
+    yield _run(options, "training step", factories, work, dtype, memory=True, **floor)
 
 
 def modules(names: tuple[str, ...], batch: int, options: Options, dtype: str) -> Found:
