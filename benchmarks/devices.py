@@ -72,6 +72,7 @@ class Cuda:
     type = "cuda"
 
     def __init__(self) -> None:
+        torch.backends.cudnn.benchmark = True  # cuDNN's users are advised to
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         l2 = getattr(properties, "L2_cache_size", 0)
         self._evict = torch.empty(max(4 * l2, 256 << 20), dtype=torch.uint8, device="cuda")

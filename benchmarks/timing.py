@@ -37,6 +37,7 @@ Timer = Callable[[Callable[[], Any]], float]  # seconds that a call takes
 COMPANY = 0.1  # cores that other programs may use before times count as disturbed
 SHORT_CALL = 0.1  # s: shorter calls start each turn with one that is not timed
 TURN = 0.05  # s: what a turn of short calls lasts, about
+MOST = 100  # calls a turn
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def interleave(
         last = [timed(name) for _ in range(max(warmup, 1))][-1]
         if samples is not None:
             continue
-        turns[name] = 0 if last >= SHORT_CALL else max(1, round(TURN / max(last, 1e-6)))
+        turns[name] = 0 if last >= SHORT_CALL else min(MOST, max(1, round(TURN / max(last, 1e-6))))
 
     def one_round() -> dict[str, list[float]]:
         found = {}

@@ -277,6 +277,7 @@ def test_the_gpus_timer(load, monkeypatch):
         "max_memory_allocated": lambda: 140,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # the timer turns it on
     monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: empty(8, dtype=dtype))
     gpu = devices.Cuda()
     gpu._evict = SimpleNamespace(zero_=lambda: log.append("evict"))
