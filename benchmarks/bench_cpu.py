@@ -10,7 +10,6 @@ exit status is 1 where a result of ours is wrong.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # an inception_
 import devices
 import environment
 import peers
+import results
 import scenario
 import workload
 from scenario import rounds_for
@@ -32,7 +32,6 @@ from scenario import rounds_for
 SCHEMA = "inception_ext.bench_cpu"
 SCHEMA_VERSION = 1
 DTYPES = ("fp32", "bf16")
-OURS = "ours"  # the names of our contestants start with it
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -118,18 +117,11 @@ def main(argv: list[str] | None = None) -> int:
     about["load_average_after"] = environment.machine()["load_average"]
     result = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **about, "scenarios": scenarios}
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        results.write(result, args.json)
         print(f"\nwrote {args.json}")
     print(f"\n{time.perf_counter() - start:.0f} s in all")
 
-    wrong = [
-        f"{row['name']} ({found['kind']}, {found['dtype']}, batch {found['batch']})"
-        for found in scenarios
-        for row in found["contestants"]
-        if row["status"] == "wrong" and row["name"].startswith(OURS)
-    ]
-    if wrong:
+    if wrong := results.wrong(scenarios):
         print(f"wrong results: {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0
 

@@ -1,15 +1,15 @@
 """Where calls are timed: on the CPU by the wall clock, on a GPU by the device's own events."""
 
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own messages
 
 import torch
 
-__all__ = ["Cuda", "Device", "Host", "captured", "device_for"]
+__all__ = ["Cuda", "Device", "Host", "captured", "device_for", "saved_bytes"]
 
 T = TypeVar("T")
 
@@ -51,7 +51,8 @@ class Host:
     def peak_bytes(self, call: Callable[[], Any]) -> int | None:
         """By torch's allocator; None where a call allocates nothing there, as other runtimes do."""
         activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        profile = torch.profiler.profile(activities=activities, profile_memory=True)
+        with _no_messages(), profile as profiler:
             call()
         results: Any = profiler.profiler
         events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
@@ -71,6 +72,7 @@ class Cuda:
     type = "cuda"
 
     def __init__(self) -> None:
+        torch.backends.cudnn.benchmark = True  # cuDNN's users are advised to
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         l2 = getattr(properties, "L2_cache_size", 0)
         self._evict = torch.empty(max(4 * l2, 256 << 20), dtype=torch.uint8, device="cuda")
@@ -96,6 +98,36 @@ class Cuda:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
+
+
+@contextmanager
+def _no_messages() -> Iterator[None]:
+    """Keeps from the terminal what the profiler's C++ code writes to it."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+            yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+
+
+def saved_bytes(call: Callable[[], Any]) -> int:
+    """Bytes that a forward pass keeps for its backward pass, parameters apart, each once."""
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        is_parameter = tensor.is_leaf and tensor.requires_grad
+        if not is_parameter:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # an output that holds itself would never be freed
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        call()
+    return sum(sizes.values())
 
 
 def captured(call: Callable[[], T]) -> tuple[Callable[[], None], T]:

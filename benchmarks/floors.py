@@ -20,6 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+import markdown
 import torch
 from torch import Tensor, nn
 
@@ -282,12 +283,6 @@ def network(variant: str = "torchvision") -> nn.Module:
         return inception_ext.googlenet(aux_logits=False, init_weights=False)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
-    lines.insert(1, "|---" + "|---:" * (len(header) - 1) + "|")
-    return "\n".join(lines)
-
-
 def render(model: nn.Module, batches: Sequence[int], size: int, element_size: int) -> str:
     """Everything as markdown."""
     layers = trace(model, size)
@@ -297,12 +292,13 @@ def render(model: nn.Module, batches: Sequence[int], size: int, element_size: in
     parameters = sum(p.numel() for p in model.parameters())
     text = [f"{flops / 1e9:.3f} GFLOP an image, {parameters / 1e6:.2f} M parameters.\n"]
     text.append(
-        _table(
+        markdown.table(
             ("schedule", "launches", "MB an image", "what runs together"),
             [
                 (name, str(s.launches), f"{s.bytes / 1e6:.1f}", SCHEDULES[name][2])
                 for name, s in sums.items()
             ],
+            words=(0, 3),
         )
     )
     parts = list(dict.fromkeys(layer.part for layer in layers))
@@ -312,8 +308,8 @@ def render(model: nn.Module, batches: Sequence[int], size: int, element_size: in
         kilobytes = [total(stages(of_part, name, element_size)).bytes / 1e3 for name in SCHEDULES]
         share = sum(layer.flops for layer in of_part) / flops
         rows.append((part, f"{100 * share:.1f}", *(f"{kb:.0f}" for kb in kilobytes)))
-    text.append("\nKB an image, by part:\n")
-    text.append(_table(("part", "% of FLOPs", *SCHEDULES), rows))
+    text.append("\nKB an image, by part, and what runs across parts left out:\n")
+    text.append(markdown.table(("part", "% of FLOPs", *SCHEDULES), rows))
     text.append(f"\nMicroseconds a batch at best ({' | '.join(roof.name for roof in H100)}):\n")
     rows = []
     for batch in batches:
@@ -322,7 +318,7 @@ def render(model: nn.Module, batches: Sequence[int], size: int, element_size: in
         for chain in chains.values():
             row.append(" / ".join(f"{seconds(chain, batch, roof) * 1e6:.1f}" for roof in H100))
         rows.append((str(batch), *row))
-    text.append(_table(("batch", "FLOPs only", *SCHEDULES), rows))
+    text.append(markdown.table(("batch", "FLOPs only", *SCHEDULES), rows))
     return "\n".join(text)
 
 

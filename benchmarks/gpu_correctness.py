@@ -77,7 +77,7 @@ def _case(
     """
     compute = scenario.DTYPES["fp32" if dtype == "tf32" else dtype]
     images, as_floats = _images(job, batch, size, kind)
-    with torch.no_grad(), _tf32(dtype == "tf32"):
+    with torch.no_grad(), workload.untuned(), _tf32(dtype == "tf32"):
         engine = inception_ext.freeze(model, dtype=compute)
         with launches.Catch(checking=True) as caught:
             ours = engine(images)

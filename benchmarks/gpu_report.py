@@ -44,10 +44,10 @@ class Step(NamedTuple):
 STEPS = (
     Step("environment", 40),
     Step("correctness", 110),
-    Step("network", 100),
+    Step("network", 120),
     Step("kernels", 60),
     Step("modules", 80),
-    Step("tests", 120),
+    Step("tests", 90),
     Step("compile", 120),
     Step("training", 60),
     Step("autotune", 300),

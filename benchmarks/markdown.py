@@ -6,10 +6,11 @@ from typing import Any
 __all__ = ["about", "ms", "scenario", "table"]
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose first column is text and whose other columns are numbers."""
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[int] = (0,)) -> str:
+    """A table of numbers, but for the columns of words."""
     lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
-    lines.insert(1, "|---" + "|---:" * (len(header) - 1) + "|")
+    marks = ("---" if i in words else "---:" for i in range(len(header)))
+    lines.insert(1, f"|{'|'.join(marks)}|")
     return "\n".join(lines)
 
 
@@ -35,9 +36,13 @@ def scenario(found: Mapping[str, Any]) -> str:
         title += f", {found['l2']} L2"
     rows = found["contestants"]
     has_floor = "floor_ms_per_image" in found
-    has_memory = any("peak_mib" in row for row in rows)
+    memory = {
+        name: key
+        for name, key in (("peak MB", "peak_mb_per_image"), ("saved MB", "saved_mb_per_image"))
+        if any(key in row for row in rows)
+    }
     header = ["", "ms an image", "p20", "p80", "speed", "error"]
-    header += ["share of the floor"] * has_floor + ["peak MiB"] * has_memory
+    header += ["share of the floor"] * has_floor + [f"{name} an image" for name in memory]
     body = []
     for row in rows:
         name = f"**{row['name']}**" if row["name"].startswith("ours") else row["name"]
@@ -52,8 +57,7 @@ def scenario(found: Mapping[str, Any]) -> str:
             cells[-1] += f" **{row['status']}**"
         if has_floor:
             cells.append(f"{100 * row['share_of_floor']:.0f} %")
-        if has_memory:
-            cells.append(f"{row['peak_mib']:.1f}" if "peak_mib" in row else "")
+        cells += [f"{row[key]:.1f}" if key in row else "" for key in memory.values()]
         body.append(cells)
     lines = [f"### {title}", ""]
     if has_floor:

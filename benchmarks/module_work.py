@@ -11,7 +11,7 @@ import torch
 from devices import captured
 from launches import Catch
 from torch import Tensor, nn
-from workload import images, torchvision_googlenet
+from workload import images, torchvision_googlenet, untuned
 
 import inception_ext
 from inception_ext._fuse import fold_inception
@@ -80,7 +80,7 @@ def prepare(
         theirs.get_submodule(name).register_forward_pre_hook(partial(keep, name))
     (pictures,) = images(batch, 1, seed=400 + batch, size=size)
     found["stem"] = pictures.to(device)
-    with torch.no_grad():
+    with torch.no_grad(), untuned():
         theirs(found["stem"])
     for name in MODULES:
         theirs.get_submodule(name)._forward_pre_hooks.clear()
@@ -90,11 +90,12 @@ def prepare(
         work = ModuleWork(name, *parts, ours, [found[name]], [])
         exact = work.block(theirs=True, dtype=torch.float64, training=training)
         (x,) = work.inputs(torch.float64)
-        if training:
-            work.references = [_forward_backward(exact, x)]
-        else:
-            with torch.no_grad():
-                work.references = [exact(x)]
+        with untuned():
+            if training:
+                work.references = [_forward_backward(exact, x)]
+            else:
+                with torch.no_grad():
+                    work.references = [exact(x)]
         works.append(work)
     return works
 

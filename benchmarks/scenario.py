@@ -11,7 +11,7 @@ import torch
 from timing import COMPANY, Candidate, Result, contest
 from workload import Workload
 
-__all__ = ["DTYPES", "error_limit", "rounds_for", "run", "say", "table"]
+__all__ = ["DTYPES", "error_limit", "rounds_for", "row", "run", "say", "table"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Relative error that is always right, beside twice that of the baseline in the same dtype. On a
@@ -38,6 +38,7 @@ def run(
     device: devices.Device,
     rounds: int,
     cold: bool = False,
+    warmup: int = 2,
     patience: float = 0.0,
     memory: bool = False,
     floor: float | None = None,
@@ -50,9 +51,10 @@ def run(
         factories: contestants by name, in the order of the table.
         dtype: a key of DTYPES.
         device: where they run.
-        rounds, patience: as in :func:`timing.interleave`.
+        rounds, warmup, patience: as in :func:`timing.interleave`.
         cold: whether a GPU's L2 cache is emptied before each call.
-        memory: whether to ask for the contestants' peak memory.
+        memory: whether to find the contestants' peak memory and, for kinds that begin with
+            "training", the bytes that they save for backward.
         floor: the least seconds that a batch takes, if that is known.
         **facts: further entries of the result.
     """
@@ -66,11 +68,12 @@ def run(
         [Candidate(name, partial(f, work, DTYPES[dtype])) for name, f in factories.items()],
         work.references,
         rounds=rounds,
+        warmup=warmup,
         patience=patience,
         limit=partial(error_limit, noise),
         inputs=len(work.images),
         timer=partial(device.seconds, cold=cold),
-        memory=device.peak_bytes if memory else None,
+        probes=_probes(device, memory, batch, kind),
         announce=announce,
         progress=lambda done: announce(f"round {done} of {rounds}"),
     )
@@ -93,25 +96,44 @@ def run(
     if floor is not None:
         scenario["floor_ms_per_image"] = _digits(floor * 1e3 / batch)
     median = baseline.median if baseline else None
-    scenario["contestants"] = [_row(result, batch, median, floor) for result in results]
+    scenario["contestants"] = [row(result, batch, median, floor) for result in results]
     return scenario
 
 
-def _row(result: Result, batch: int, baseline: float | None, floor: float | None) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": result.name, "status": result.status, "reason": result.reason}
-    row["error"] = result.error
+def row(result: Result, batch: int, baseline: float | None, floor: float | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": result.name, "status": result.status, "reason": result.reason}
+    found["error"] = result.error
     if result.summary:
         times = result.summary
-        row["ms_per_image"] = {
+        found["ms_per_image"] = {
             key: _digits(getattr(times, key) * 1e3 / batch) for key in ("median", "p20", "p80")
         }
-        row["samples"] = times.samples
-        row["speedup"] = round(baseline / times.median, 3) if baseline else None
+        found["samples"] = times.samples
+        found["speedup"] = round(baseline / times.median, 3) if baseline else None
         if floor is not None:
-            row["share_of_floor"] = round(floor / times.median, 4)
-    if result.peak_bytes is not None:
-        row["peak_mib"] = round(result.peak_bytes / 2**20, 2)
-    return row
+            found["share_of_floor"] = round(floor / times.median, 4)
+    return found | {
+        name: _digits(value) for name, value in result.probed.items() if value is not None
+    }
+
+
+def _probes(
+    device: devices.Device, memory: bool, batch: int, kind: str
+) -> dict[str, Callable[[Callable[[], Any]], float | None]]:
+    """Peak memory, and for training what is saved for backward, both in MB an image."""
+
+    def peak(call: Callable[[], Any]) -> float | None:
+        found = device.peak_bytes(call)
+        return None if found is None else found / 1e6 / batch
+
+    def saved(call: Callable[[], Any]) -> float | None:
+        return devices.saved_bytes(call) / 1e6 / batch
+
+    if not memory:
+        return {}
+    if kind.startswith("training"):
+        return {"peak_mb_per_image": peak, "saved_mb_per_image": saved}
+    return {"peak_mb_per_image": peak}
 
 
 def _digits(value: float) -> float:
@@ -130,8 +152,9 @@ def table(scenario: Mapping[str, Any]) -> str:
     if "floor_ms_per_image" in scenario:
         title += f", floor {scenario['floor_ms_per_image']:.3g} ms an image"
         extras.append(("floor", lambda row: f"{100 * row['share_of_floor']:.0f} %"))
-    if any("peak_mib" in row for row in rows):
-        extras.append(("MiB", lambda row: f"{row['peak_mib']:.1f}" if "peak_mib" in row else "-"))
+    for key, name in (("peak_mb_per_image", "peak MB"), ("saved_mb_per_image", "saved MB")):
+        if any(key in row for row in rows):
+            extras.append((name, lambda row, key=key: f"{row[key]:.1f}" if key in row else "-"))
     head = f"  {'':{width}}{'ms/image':>10}{'p20':>9}{'p80':>9}{'speed':>8}{'error':>10}"
     lines = [title, head + "".join(f"{name:>9}" for name, _ in extras)]
     for row in rows:

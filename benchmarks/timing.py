@@ -37,6 +37,7 @@ Timer = Callable[[Callable[[], Any]], float]  # seconds that a call takes
 COMPANY = 0.1  # cores that other programs may use before times count as disturbed
 SHORT_CALL = 0.1  # s: shorter calls start each turn with one that is not timed
 TURN = 0.05  # s: what a turn of short calls lasts, about
+MOST = 100  # calls a turn
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Result:
     reason: str | None = None
     error: float | None = None
     summary: Summary | None = field(default=None)
-    peak_bytes: int | None = None
+    probed: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def interleave(
     company: Callable[[], Company] = Company,
     clock: Callable[[], float] = time.perf_counter,
     timer: Timer | None = None,
+    samples: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Timing:
     """Times every contestant in every round, in a shuffled order.
@@ -145,6 +147,7 @@ def interleave(
         company: makes the observer of a round.
         clock: seconds, monotonic.
         timer: takes the time of a call; default: by the clock.
+        samples: of a turn, all of them timed; None: as many as the calls are short.
         progress: called with the number of finished rounds.
     """
     order = random.Random(seed)
@@ -163,24 +166,26 @@ def interleave(
 
     for name in calls:
         last = [timed(name) for _ in range(max(warmup, 1))][-1]
-        turns[name] = 0 if last >= SHORT_CALL else max(1, round(TURN / max(last, 1e-6)))
+        if samples is not None:
+            continue
+        turns[name] = 0 if last >= SHORT_CALL else min(MOST, max(1, round(TURN / max(last, 1e-6))))
 
     def one_round() -> dict[str, list[float]]:
-        samples = {}
+        found = {}
         names = list(calls)
         order.shuffle(names)
         for name in names:
-            if turns[name]:
+            if turns.get(name):
                 timed(name)
-            samples[name] = [timed(name) for _ in range(turns[name] or 1)]
-        return samples
+            found[name] = [timed(name) for _ in range(samples or turns[name] or 1)]
+        return found
 
     seen: list[float] = []
     wasted = 0.0
     while (done := len(seen)) < rounds:
         start = clock()
         observer = company()
-        samples = one_round()
+        in_round = one_round()
         others = observer.cores()
         if others is not None and others > COMPANY and wasted < patience:
             timing.repeated += 1
@@ -188,7 +193,7 @@ def interleave(
             continue
         seen.append(others or 0.0)
         timing.others_cores = None if others is None else round(statistics.mean(seen), 2)
-        for name, times in samples.items():
+        for name, times in in_round.items():
             timing.samples[name] += times
         if progress:
             progress(done + 1)
@@ -230,7 +235,7 @@ def contest(
     warmup: int = 2,
     patience: float = 0.0,
     timer: Timer | None = None,
-    memory: Callable[[Callable[[], Any]], int | None] | None = None,
+    probes: Mapping[str, Callable[[Callable[[], Any]], float | None]] | None = None,
     announce: Callable[[str], None] = lambda text: None,
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
@@ -241,8 +246,7 @@ def contest(
         references: float64 results for the inputs 0, 1, ...; each contestant runs all of them
             before the first is compared, so that an output buffer used twice shows.
         rounds, warmup, patience, timer, progress: as in :func:`interleave`.
-        memory: the most bytes that a call has allocated at one time, or None; each contestant's
-            first input is run once more for it.
+        probes: further figures by name, each taken from a call on the first input.
         limit: from the errors of all contestants by name to the largest error that is right.
         inputs: how many inputs the calls rotate over; default: those with a reference.
         announce: called with a line before each slow step.
@@ -257,7 +261,8 @@ def contest(
             outputs = [call(i) for i in range(len(references))]
             errors = [relative_error(*pair) for pair in zip(outputs, references, strict=True)]
             del outputs
-            result.peak_bytes = memory(partial(call, 0)) if memory else None
+            for name, probe in (probes or {}).items():
+                result.probed[name] = probe(partial(call, 0))
         except Exception as error:  # whatever a peer raises is a reason, not the end of the run
             result.reason = _one_line(error)
             continue

@@ -1,14 +1,21 @@
 """The network, the images and the float64 results that every contestant is given."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Workload", "inference_workload", "torchvision_googlenet", "training_workload"]
+__all__ = [
+    "Workload",
+    "inference_workload",
+    "torchvision_googlenet",
+    "training_workload",
+    "untuned",
+]
 
 SIZE = 224
 
@@ -105,6 +112,17 @@ def seeded_weights(*, heads: bool, seed: int = 0) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
+@contextmanager
+def untuned() -> Iterator[None]:
+    """cuDNN takes its first choice: for what runs once."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def inference_workload(
     state_dict: dict[str, Tensor],
     batch: int,
@@ -113,12 +131,13 @@ def inference_workload(
     inputs: int = 4,
     checked: int = 2,
     device: str = "cpu",
+    build: Callable[..., nn.Module] | None = None,
 ) -> Workload:
-    """Logits of a network in eval mode, without heads."""
+    """Logits of a network in eval mode, without heads; ``build`` makes it, by default ours."""
     pictures = [x.to(device) for x in images(batch, inputs, seed=100 + batch, size=size)]
     work = Workload(state_dict, pictures, [], [], heads=False)
-    model = work.model(_ours()).double()
-    with torch.no_grad():
+    model = work.model(build or _ours()).double()
+    with torch.no_grad(), untuned():
         work.references = [model(x.double()) for x in work.images[:checked]]
     return work
 
@@ -143,8 +162,9 @@ def training_workload(
     references = []
     for x, y in zip(pictures[:checked], labels[:checked], strict=True):
         model = work.model(_ours()).double()
-        loss = criterion(model(x.double()), y)
-        loss.backward()
+        with untuned():
+            loss = criterion(model(x.double()), y)
+            loss.backward()
         references.append([loss.detach(), *(p.grad for p in model.parameters())])
     work.references = references
     return work

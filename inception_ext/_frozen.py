@@ -15,7 +15,18 @@ from torch import Tensor, nn
 from inception_ext._fold import fold, is_foldable, is_inception, is_plain
 from inception_ext.modules import max_pool
 
-__all__ = ["BODY", "STEM", "Frozen", "ModuleCall"]
+__all__ = [
+    "BODY",
+    "STEM",
+    "Convolution",
+    "Frozen",
+    "Inception",
+    "ModuleCall",
+    "Pool",
+    "has_fused_convolution",
+    "run",
+    "run_in_slices",
+]
 
 # Children in the order of their calls; a network without one (only the paper's has lrn) skips it.
 STEM = ("conv1", "maxpool1", "lrn1", "conv2", "conv3", "lrn2", "maxpool2")
@@ -71,9 +82,13 @@ class Frozen:
         # One channel of an image. The stem's largest activation has 64 channels of a quarter
         # of its pixels, the body's 480 of a 64th.
         plane = x.element_size() * x.shape[2] * x.shape[3]
-        x = _in_slices(self.stem, x, _STEM_BYTES // max(1, 16 * plane))
-        x = _in_slices(self.body, x, _BODY_BYTES // max(1, 8 * plane))
-        return _run(self.head, x)
+        x = self.run_part(self.stem, x, max(1, _STEM_BYTES // max(1, 16 * plane)))
+        x = self.run_part(self.body, x, max(1, _BODY_BYTES // max(1, 8 * plane)))
+        return run(self.head, x)
+
+    def run_part(self, steps: list[Step], x: Tensor, images: int) -> Tensor:
+        """Stem or body, in slices of at most so many images where that is possible."""
+        return run_in_slices(steps, x, images)
 
     def count_fused(self) -> tuple[int, int]:
         """How many of the steps before the head are fused, and of how many."""
@@ -81,21 +96,21 @@ class Frozen:
         return sum(not isinstance(step, ModuleCall) for step in steps), len(steps)
 
 
-def _run(steps: Sequence[Step], x: Tensor) -> Tensor:
+def run(steps: Sequence[Step], x: Tensor) -> Tensor:
     for step in steps:
         x = step(x)
     return x
 
 
-def _in_slices(steps: Sequence[Step], x: Tensor, images: int) -> Tensor:
+def run_in_slices(steps: Sequence[Step], x: Tensor, images: int) -> Tensor:
     """Runs steps on slices of at most ``images`` images, where all are ours and on the CPU."""
     if not steps:
         return x
     n = x.shape[0]
-    slices = -(-n // max(1, images))
+    slices = -(-n // images)
     if slices <= 1 or x.device.type != "cpu" or any(isinstance(s, ModuleCall) for s in steps):
-        return _run(steps, x)
-    return torch.cat([_run(steps, part) for part in x.split(-(-n // slices))])
+        return run(steps, x)
+    return torch.cat([run(steps, part) for part in x.split(-(-n // slices))])
 
 
 class ModuleCall:
@@ -158,7 +173,7 @@ class Convolution:
         self._packed: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.numel() == 0 or not _has_fused_convolution(x):
+        if x.numel() == 0 or not has_fused_convolution(x):
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding).relu_()
         if self._packed is None:
             self._packed = torch.ops.mkldnn._reorder_convolution_weight(
@@ -170,7 +185,7 @@ class Convolution:
         )
 
 
-def _has_fused_convolution(x: Tensor) -> bool:
+def has_fused_convolution(x: Tensor) -> bool:
     """oneDNN's fused convolution is a private operator of torch, and may be missing."""
     return bool(
         x.device.type == "cpu"
@@ -182,7 +197,17 @@ def _has_fused_convolution(x: Tensor) -> bool:
     )
 
 
-class _Inception:
+class Pool:
+    """Max pool as a module has it."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return max_pool(self.module, x)
+
+
+class Inception:
     """An Inception module: merged 1x1, two convolutions, pool and projection, into one output."""
 
     def __init__(self, block: Any, dtype: torch.dtype) -> None:
@@ -198,14 +223,14 @@ class _Inception:
         )
         self.conv_3x3 = _fused_convolution(b2[1], dtype)
         self.conv_5x5 = _fused_convolution(b3[1], dtype)
-        self.pool: nn.Module = b4[0]
+        self.pool = Pool(b4[0])
         self.projection = _fused_convolution(b4[1], dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         # [N, K1 + K3red + K5red, H, W]: all that reads x
         y1, y3, y5 = self.merged(x).split(self.split, 1)
-        pooled = max_pool(self.pool, x)
-        return torch.cat([y1, self.conv_3x3(y3), self.conv_5x5(y5), self.projection(pooled)], 1)
+        y_pool = self.projection(self.pool(x))
+        return torch.cat([y1, self.conv_3x3(y3), self.conv_5x5(y5), y_pool], 1)
 
 
 def _step(module: nn.Module, dtypes: _Dtypes) -> Step:
@@ -213,9 +238,9 @@ def _step(module: nn.Module, dtypes: _Dtypes) -> Step:
     if is_foldable(module):
         return _fused_convolution(module, dtypes[0])
     if is_inception(module):
-        return _Inception(module, dtypes[0])
+        return Inception(module, dtypes[0])
     if is_plain(module, nn.MaxPool2d):
-        return lambda x: max_pool(module, x)
+        return Pool(module)
     return ModuleCall(module, dtypes)
 
 

@@ -21,6 +21,7 @@ from inception_ext._frozen import BODY, STEM, ModuleCall
 from inception_ext._fuse import classifier, fused_step
 from inception_ext._images import Images
 from inception_ext._launches import Exact, Launcher, Plan, Recorder, new_workspace
+from inception_ext._profiling import region
 from inception_ext._steps import Step
 
 __all__ = ["FusedNetwork"]
@@ -207,7 +208,8 @@ class _Replayed:
         if self._graph is None:
             self._plan.run_settled()
         else:
-            self._graph.replay()
+            with region("graph"):
+                self._graph.replay()
         self._called = True
         return self._plan.finish(y)
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from inception_ext import _library, functional
 from inception_ext._frozen import BODY, STEM, Frozen
+from inception_ext._frozen_cpu import FrozenCpu
 from inception_ext._frozen_cuda import FusedNetwork
 from inception_ext._images import Images, check_images
+from inception_ext._profiling import region
 from inception_ext._watch import Watch
 
 __all__ = ["Engine", "freeze"]
@@ -122,7 +124,9 @@ class Engine:
 
     def _network_for(self, x: Tensor) -> Any:
         """The network in kernels or, where these do not take x, in PyTorch's operations."""
-        kind = FusedNetwork if functional.why_inference_reference(x, self.dtype) is None else Frozen
+        kind: type[Frozen | FusedNetwork] = FrozenCpu if x.device.type == "cpu" else Frozen
+        if functional.why_inference_reference(x, self.dtype) is None:
+            kind = FusedNetwork
         networks = self._networks
         if kind not in networks:
             with torch.no_grad():
@@ -147,7 +151,8 @@ class Engine:
         if not torch.compiler.is_compiling() and self._watch.changed():
             self.refresh()
         # Autocast is for models that leave their dtypes open.
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        autocast = torch.autocast(self.device.type, enabled=False)
+        with region("engine"), torch.no_grad(), autocast:
             given = self._images(images)
             network = self._network_for(given.pixels)
             return network(given if network.reads_images else self._to_nhwc(given))

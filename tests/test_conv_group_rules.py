@@ -192,6 +192,37 @@ def padded_macs(conv: Conv, step_k: int) -> int:
 
 
 @needs_emulator
+def test_bytes_of_an_inception_module():
+    """5a of GoogLeNet: x once a launch, reduced tensors written and read, the concat written."""
+    side, c, one, reduce3, three, reduce5, five, pool = 7, 832, 256, 160, 320, 32, 128, 128
+    first = [
+        Conv(c, one + reduce3 + reduce5, side, side, segments=(one, reduce3, reduce5)),
+        Conv(c, pool, side, side, pool=True),
+    ]
+    second = [
+        Conv(reduced, k, side, side, 1, (3, 3), padding=(1, 1))
+        for reduced, k in ((reduce3, three), (reduce5, five))
+    ]
+    calls = [
+        arguments(convs, group_operands(convs, torch.float16), "emulator")
+        for convs in (first, second)
+    ]
+    calls[0]["x"][1] = calls[0]["x"][0]
+    with kernels_on("emulator") as launches:
+        for call in calls:
+            kernel_ops("emulator").conv_group(*call.values())
+    moved = sum(
+        entry["read"] + entry["written"]
+        for launch in launches
+        for entry in launch["touched"]
+        if entry["operand"] in ("x", "y")
+    )
+    out = one + three + five + pool
+    assert len(launches) == 2
+    assert moved == 2 * side * side * (c + 2 * (reduce3 + reduce5) + out)
+
+
+@needs_emulator
 @each_math
 def test_splitting_k_issues_no_more_products(math):
     dtype, exact = MATH[math]

@@ -1,18 +1,19 @@
 """Rules that the sources under csrc keep, and what ptxas says about the kernels."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
-from cuda_toolkit import find_nvcc
+from cuda_toolkit import compile_kernels, find_nvcc, find_tool, included_files
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 SOURCES = sorted(
     path for path in CSRC.rglob("*") if path.suffix in {".cpp", ".h", ".cu", ".cuh", ".inl"}
 )
 KERNELS = sorted((CSRC / "kernels").rglob("*.cu"))
-NVCC = find_nvcc()
+needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="nvcc not installed")
 
 FRAMEWORK = re.compile(r"(torch|ATen|c10|pybind11)/|Python\.h")
 
@@ -58,16 +59,10 @@ def test_only_the_glue_includes_torch_or_python():
 
 def test_nvcc_never_reads_torch():
     """No kernel source, and nothing that one includes, reaches a torch header."""
-    seen: set[Path] = set()
-    queue = [path for path in SOURCES if path.suffix in {".cu", ".cuh"}]
-    while queue:
-        path = queue.pop()
-        seen.add(path)
+    kernels = [path for path in SOURCES if path.suffix in {".cu", ".cuh"}]
+    seen = {path for source in kernels for path in included_files(source)}
+    for path in seen:
         assert not includes_a_framework(path), relative(path)
-        for name in includes(path):
-            for candidate in ((path.parent / name).resolve(), (CSRC / name).resolve()):
-                if candidate.is_file() and candidate not in seen:
-                    queue.append(candidate)
     assert CSRC / "kernels" / "params.h" in seen
 
 
@@ -102,14 +97,8 @@ def test_kernels_reach_memory_through_the_wrappers():
             assert not found, f"{relative(path)}: {found}"
 
 
-def ptxas_report(source: Path, architecture: str, folder: Path) -> dict[str, dict[str, int]]:
+def ptxas_report(text: str) -> dict[str, dict[str, int]]:
     """Of each kernel: stack frame and spills in bytes, registers."""
-    command = [NVCC, "-std=c++20", "-O3", f"-arch={architecture}", "-Xptxas", "-v", "-cubin"]
-    result = subprocess.run(
-        [*command, source, "-o", folder / "kernels.cubin"], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert "warning" not in result.stderr, result.stderr
     pattern = re.compile(
         r"Compiling entry function '(?P<name>\w+)'.*?"
         r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
@@ -117,22 +106,51 @@ def ptxas_report(source: Path, architecture: str, folder: Path) -> dict[str, dic
         re.DOTALL,
     )
     report = {}
-    for match in pattern.finditer(result.stderr):
+    for match in pattern.finditer(text):
         name, *numbers = match.groups()
         report[name] = dict(
             zip(("stack", "stores", "loads", "registers"), map(int, numbers), strict=True)
         )
-    assert len(report) == result.stderr.count("Compiling entry function") > 0
+    assert len(report) == text.count("Compiling entry function")
     return report
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc not installed")
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90a", "sm_120"])
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
-def test_kernels_neither_spill_nor_use_local_memory(source, tmp_path):
-    report = ptxas_report(source, "sm_90a", tmp_path)
+def test_kernels_neither_spill_nor_use_local_memory(source, architecture):
+    _, text = compile_kernels(source, architecture)
+    assert "warning" not in text, text
+    report = ptxas_report(text)
+    holds_kernels = re.search(r"__global__|^template cudaError_t", source.read_text(), re.MULTILINE)
+    assert report or not holds_kernels
     offenders = {
         name: figures
         for name, figures in report.items()
         if figures["stack"] or figures["stores"] or figures["loads"]
     }
     assert not offenders
+
+
+@needs_nvcc
+@pytest.mark.skipif(
+    find_tool("cuobjdump") is None or find_tool("nvdisasm") is None,
+    reason="no cuobjdump and nvdisasm (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm)",
+)
+def test_float16_products_are_those_of_tensor_cores():
+    """Each kernel of the group holds HMMA, asynchronous copies, ldmatrix, and no local memory."""
+    cubin, _ = compile_kernels(CSRC / "kernels" / "conv_group_float16.cu", "sm_90a")
+    disassembler = str(Path(find_tool("nvdisasm") or "").parent)
+    done = subprocess.run(
+        [find_tool("cuobjdump"), "-sass", cubin],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{disassembler}:{os.environ['PATH']}"},
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = done.stdout.split("Function : ")[1:]
+    assert len(kernels) == 3
+    for kernel in kernels:
+        assert len(re.findall(r"\bHMMA\.16816\.F32\b", kernel)) >= 16, kernel[:80]
+        assert "LDGSTS" in kernel and "LDSM" in kernel, kernel[:80]
+        assert not re.search(r"\b(LDL|STL)\b", kernel), kernel[:80]

@@ -88,6 +88,24 @@ def test_the_switch_is_off_outside():
 
 
 @needs_emulator
+def test_settings_end_with_the_block():
+    """Those of the device too, after errors as well; an unknown one changes nothing."""
+    from inception_ext import _emulator
+
+    before = _emulator.get_settings()
+    changed = {"capability": 75, "multiprocessors": 40, "shared_limit": 64 << 10}
+    with emulated(seed=9, **changed):
+        assert (changed | {"seed": 9}).items() <= _emulator.get_settings().items()
+        with pytest.raises(ZeroDivisionError), emulated(capability=80):
+            raise ZeroDivisionError
+        assert _emulator.get_settings()["capability"] == 75
+    with pytest.raises(TypeError, match="no setting named clock"), emulated(clock=1):
+        pass
+    assert _emulator.get_settings() == before
+    assert _library.device_type(torch.ones(1)) == "cpu"
+
+
+@needs_emulator
 def test_counting_can_be_turned_off():
     x = torch.randn(1, 8, 6, 6)
     with emulated(counting=False, checks=False) as launches:

@@ -138,6 +138,41 @@ def test_no_schedule_beats_its_flops_and_bytes(floors, layers):
         assert floors.seconds(chain, 8, roof) >= least
 
 
+@pytest.fixture(scope="module")
+def training(floors):  # floors has to be importable first
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        return importlib.import_module("floors_training")
+
+
+def test_a_training_step(floors, training, layers):
+    sums = {name: floors.total(training.stages(layers, name)) for name in training.SCHEDULES}
+    conv1 = next(layer for layer in layers if layer.name == "conv1")
+    assert {s.flops for s in sums.values()} == {3 * 2_996_752_384 - conv1.flops}
+    assert sums["eager"].bytes > 1.4 * sums["compiled"].bytes > 2.2 * sums["fused"].bytes
+    # Forward alone moves less than the whole, in each way of doing it.
+    assert sums["eager"].bytes > 2 * floors.total(floors.stages(layers, "eager")).bytes
+
+
+@pytest.mark.parametrize("schedule", ["eager", "compiled", "fused"])
+def test_a_training_step_of_a_module(floors, training, layers, schedule):
+    """3a by hand, in channels at 28 x 28."""
+    x, one, reduced, second, pooled, projected = 192, 64, 96 + 16, 128 + 32, 192, 32
+    y = one + reduced + second + projected  # what convolutions write
+    read = 3 * x + reduced + pooled  # and read: x three times
+    output = one + second + projected
+    channels = {
+        # conv 3 x + 16 y; pool x, y and both gradients; concatenation; three sums
+        "eager": 3 * read + 16 * y + 2 * (x + pooled) + 2 * output + 9 * x,
+        "compiled": 3 * read + 11 * y + 2 * (x + pooled) + 5 * x,
+        # x: forward, wgrad, its gradient, and the pool's forward; the reduced ones three times
+        "fused": 3 * x + x + 3 * reduced + 7 * y,
+    }[schedule]
+    index = {"eager": 8, "compiled": 1, "fused": 1}[schedule]
+    (stage,) = training.stages(of(layers, "inception3a"), schedule)
+    assert stage.bytes == 784 * (2 * channels + 2 * pooled * index)
+
+
 def test_everything_grows_with_the_image(floors, layers):
     large = floors.trace(floors.network(), 448)
     pixels = [layer for layer in layers if layer.kind in ("conv", "max_pool")]

@@ -21,6 +21,9 @@ struct CopyChannelsParams {
 
 void copy_channels(const CopyChannelsParams& params);
 
+// The same with y = max(x, 0), where NaN stays NaN; dtype kFloat32 or kBFloat16. y may be x.
+void relu_channels(const CopyChannelsParams& params);
+
 struct ImageToNhwcParams {
   const void* x;  // [N, C, H, W] at n * x_stride_n + c * x_stride_c + h * x_stride_h + w * ..._w
   DType x_dtype;  // kUInt8, kFloat32 or kBFloat16

@@ -54,6 +54,40 @@ inline void copy_channels(const CopyChannelsParams& params) {
                [&](int64_t begin, int64_t end) { copy_pixels(params, begin, end); });
 }
 
+// ---- relu_channels ------------------------------------------------------------------------------
+
+template <typename T>
+struct ReluOp {
+  template <int kRowCount, typename Lanes>
+  INCEPTION_EXT_INLINE void run(int64_t pixel, int64_t c, Lanes lanes) const {
+    INCEPTION_EXT_UNROLL
+    for (int row = 0; row < kRowCount; ++row) {
+      y.store(pixel + row, c, lanes, relu(x.load(pixel + row, c, lanes)));
+    }
+  }
+
+  Source<T> x;
+  Target<T> y;
+};
+
+template <typename T>
+void relu_pixels(const CopyChannelsParams& params) {
+  const ReluOp<T> op = {Source<T>(params.x, params.x_stride, params.channels, kAhead),
+                        Target<T>(params.y, params.y_stride)};
+  parallel_for(
+      params.parallel, 0, params.pixels, pixel_grain(params.channels),
+      [&](int64_t begin, int64_t end) { for_each_pixel(op, begin, end, params.channels); });
+}
+
+inline void relu_channels(const CopyChannelsParams& params) {
+  if (params.channels <= 0) return;
+  if (params.dtype == DType::kBFloat16) {
+    relu_pixels<bf16>(params);
+  } else {
+    relu_pixels<float>(params);
+  }
+}
+
 // ---- image_to_nhwc ------------------------------------------------------------------------------
 
 // Columns of one channel that are converted before they are spread over the pixels.

@@ -5,6 +5,7 @@
 #include "copy_channels.h"
 #include "isa.h"
 #include "max_pool.h"
+#include "winograd.h"
 
 namespace inception_ext::cpu {
 
@@ -16,7 +17,10 @@ struct Kernels {
   void (*max_pool_forward)(const MaxPoolForwardParams&);
   void (*max_pool_backward)(const MaxPoolBackwardParams&);
   void (*copy_channels)(const CopyChannelsParams&);
+  void (*relu_channels)(const CopyChannelsParams&);
   void (*image_to_nhwc)(const ImageToNhwcParams&);
+  void (*winograd_input)(const WinogradInputParams&);
+  void (*winograd_output)(const WinogradOutputParams&);
 };
 
 extern const Kernels kGenericKernels;

@@ -27,6 +27,7 @@
 #include "copy_channels_impl.h"
 #include "max_pool_impl.h"
 #include "simd.h"
+#include "winograd_impl.h"
 
 namespace inception_ext::cpu {
 
@@ -38,7 +39,10 @@ const Kernels INCEPTION_EXT_KERNELS = {
     INCEPTION_EXT_ISA::max_pool_forward,
     INCEPTION_EXT_ISA::max_pool_backward,
     INCEPTION_EXT_ISA::copy_channels,
+    INCEPTION_EXT_ISA::relu_channels,
     INCEPTION_EXT_ISA::image_to_nhwc,
+    INCEPTION_EXT_ISA::winograd_input,
+    INCEPTION_EXT_ISA::winograd_output,
 };
 
 }  // namespace inception_ext::cpu

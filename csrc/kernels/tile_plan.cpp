@@ -18,7 +18,7 @@ constexpr double kSplitGain = 0.95;    // of the clocks without, at most: the mo
 constexpr int kMaxSplits = 16;
 constexpr int kUnsplit = 1 << 30;  // steps of K in a block
 // Blocks that share a multiprocessor, by registers.
-constexpr int kResident[kTileShapeCount] = {2, 3, 4};
+constexpr int kResident[kTileShapeCount] = {2, 3, 3};
 
 struct Candidate {
   TilePlan plan;

@@ -71,6 +71,11 @@ STABLE_TORCH_LIBRARY(INCEPTION_EXT_OPS, m) {
   // Local response normalisation, as torch.nn.LocalResponseNorm
   m.def("lrn(Tensor x, int size, float alpha, float beta, float k, Tensor(a!) y) -> ()");
 
+  // A chain of steps of a frozen network, at most `images` images at a time: see frozen.cpp
+  m.def(
+      "frozen_forward(Tensor x, Tensor[] weights, Tensor[] biases, int[] plan, int images) "
+      "-> Tensor");
+
   // y = x * scale[c] + shift[c], from uint8 or float, any strides, to channels_last
   m.def("image_to_nhwc(Tensor x, float[] scale, float[] shift, ScalarType dtype) -> Tensor");
   // Channels of x copied into channels [offset, offset + C) of y

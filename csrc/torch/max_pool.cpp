@@ -80,8 +80,9 @@ void check_pair(const char* op, const char* name, const Pair& pair) {
   if (pair.size() != 2) fail(op, name, "expected 2 values, got ", pair.size());
 }
 
-void check_window(const char* op, const Pair& kernel, const Pair& stride, const Pair& padding,
-                  bool cuda) {
+}  // namespace
+
+void MaxPoolWindow::check(const char* op, bool cuda) const {
   constexpr int64_t largest = std::numeric_limits<int32_t>::max();
   check_pair(op, "kernel_size", kernel);
   check_pair(op, "stride", stride);
@@ -106,6 +107,24 @@ void check_window(const char* op, const Pair& kernel, const Pair& stride, const 
     fail(op, "kernel_size", "expected an area of at most 255, got ", kernel[0], " x ", kernel[1]);
   }
 }
+
+cpu::MaxPoolShape MaxPoolWindow::over(const char* op, int64_t n, int64_t c, int64_t h,
+                                      int64_t w) const {
+  return {.n = n,
+          .h = h,
+          .w = w,
+          .c = c,
+          .out_h = output_size(op, "height", h, kernel[0], stride[0], padding[0], ceil_mode),
+          .out_w = output_size(op, "width", w, kernel[1], stride[1], padding[1], ceil_mode),
+          .kernel_h = kernel[0],
+          .kernel_w = kernel[1],
+          .stride_h = stride[0],
+          .stride_w = stride[1],
+          .padding_h = padding[0],
+          .padding_w = padding[1]};
+}
+
+namespace {
 
 // A device that this file has kernels for, and a dtype that they take.
 void check_activation(const char* op, const char* name, const Tensor& x) {
@@ -179,20 +198,9 @@ void max_pool_backward_cuda(const char* op, const cpu::MaxPoolShape& shape, cons
 cpu::MaxPoolShape checked_shape(const char* op, const Tensor& x, const Pair& kernel,
                                 const Pair& stride, const Pair& padding, bool ceil_mode) {
   check_activation(op, "x", x);
-  check_window(op, kernel, stride, padding, on_cuda(x));
-  return {
-      .n = x.size(0),
-      .h = x.size(2),
-      .w = x.size(3),
-      .c = x.size(1),
-      .out_h = output_size(op, "height", x.size(2), kernel[0], stride[0], padding[0], ceil_mode),
-      .out_w = output_size(op, "width", x.size(3), kernel[1], stride[1], padding[1], ceil_mode),
-      .kernel_h = kernel[0],
-      .kernel_w = kernel[1],
-      .stride_h = stride[0],
-      .stride_w = stride[1],
-      .padding_h = padding[0],
-      .padding_w = padding[1]};
+  const MaxPoolWindow window{kernel, stride, padding, ceil_mode};
+  window.check(op, on_cuda(x));
+  return window.over(op, x.size(0), x.size(1), x.size(2), x.size(3));
 }
 
 // y, and argmax unless it is empty; x and y by pixels.
@@ -240,7 +248,7 @@ Tensor max_pool_backward(Tensor grad, Tensor argmax, Pair input_size, Pair kerne
   static constexpr const char* op = "max_pool_backward";
   check_activation(op, "grad", grad);
   check_pair(op, "input_size", input_size);
-  check_window(op, kernel, stride, padding, on_cuda(grad));
+  MaxPoolWindow{kernel, stride, padding, /*ceil_mode=*/false}.check(op, on_cuda(grad));
   Argument{op, "argmax", argmax}
       .is_dense_of(on_cuda(grad))
       .has_shape({grad.size(0), grad.size(1), grad.size(2), grad.size(3)})

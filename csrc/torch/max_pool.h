@@ -1,10 +1,22 @@
 // Max pooling as other ops use it; on the CPU in terms of pixel slices.
 #pragma once
 
+#include <vector>
+
 #include "cpu/max_pool.h"
 #include "torch/nhwc.h"
 
 namespace inception_ext {
+
+struct MaxPoolWindow {
+  // Throws where torch would, or where the kernels have none.
+  void check(const char* op, bool cuda) const;
+  // Of a pool over [n, c, h, w]; throws where the output would be empty.
+  cpu::MaxPoolShape over(const char* op, int64_t n, int64_t c, int64_t h, int64_t w) const;
+
+  std::vector<int64_t> kernel, stride, padding;  // height, width
+  bool ceil_mode;
+};
 
 // The 3x3, stride 1, padding 1 window of the pool-projection branch over [N, C, H, W].
 cpu::MaxPoolShape same_size_pool(const Tensor& x);

@@ -1,4 +1,7 @@
 // copy_channels and image_to_nhwc against naive loops, exactly.
+#include <algorithm>
+#include <cmath>
+#include <limits>
 #include <vector>
 
 #include "copy_channels.h"
@@ -28,6 +31,39 @@ void test_copy() {
           check(equal) || fail("copy_channels of %s: P %d C %d", dtype_name<T>(),
                                static_cast<int>(pixels), static_cast<int>(channels));
         }
+      }
+    }
+  }
+}
+
+// relu_channels, onto another slice and onto itself.
+template <typename T>
+void test_relu() {
+  Random random(23);
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  for (const int64_t channels : {1, 5, 16, 37, 192}) {
+    for (const int64_t pixels : {0, 1, 7, 65}) {
+      for (const Layout from : kLayouts) {
+        Slice<T> x(pixels, channels, from);
+        Slice<T> y(pixels, channels, other(from, 3));
+        x.fill([&](int64_t, int64_t) { return random.below(9) == 0 ? nan : random.normal(); });
+        const CopyChannelsParams params = {x.data(),      x.stride(), y.data(), y.stride(),
+                                           dtype_of<T>(), pixels,     channels, parallel_backwards};
+        relu_channels(params);
+        bool equal = y.intact();
+        for (int64_t p = 0; p < pixels; ++p) {
+          for (int64_t c = 0; c < channels; ++c) {
+            const double v = x.value(p, c);
+            equal &= std::isnan(v) ? std::isnan(y.value(p, c)) : y.value(p, c) == std::max(v, 0.0);
+          }
+        }
+        CopyChannelsParams onto_itself = params;
+        onto_itself.y = x.data();
+        onto_itself.y_stride = x.stride();
+        relu_channels(onto_itself);
+        check(equal && x.intact() && x.same_bits(y)) ||
+            fail("relu_channels of %s: P %d C %d", dtype_name<T>(), static_cast<int>(pixels),
+                 static_cast<int>(channels));
       }
     }
   }
@@ -108,6 +144,8 @@ void test_copy_channels() {
   run_group("copy_channels: float", test_copy<float>);
   run_group("copy_channels: bf16", test_copy<bf16>);
   run_group("copy_channels: uint8", test_copy<uint8_t>);
+  run_group("relu_channels: float", test_relu<float>);
+  run_group("relu_channels: bf16", test_relu<bf16>);
   run_group("image_to_nhwc: float", test_images<float>);
   run_group("image_to_nhwc: bf16", test_images<bf16>);
   run_group("image_to_nhwc: uint8", test_images<uint8_t>);

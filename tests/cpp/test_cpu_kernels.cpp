@@ -22,6 +22,7 @@ int main(int argc, char** argv) {
   test::test_batch_norm();
   test::test_max_pool();
   test::test_copy_channels();
+  test::test_winograd();
   std::printf("%lld checks, %lld failures\n", static_cast<long long>(test::g_checks),
               static_cast<long long>(test::g_failures));
   return test::g_failures == 0 ? 0 : 1;

@@ -51,6 +51,30 @@ __global__ void producer_and_consumers(const int* x, int* y, int rounds) {
   }
 }
 
+// y [128] = the sum of x [blocks, 128] over the blocks, in their order: each writes its part to
+// memory, and the one that comes last adds up. The counter starts as 0 and is left so.
+__global__ void add_up_blocks(const float* x, float* parts, int* counter, float* y) {
+  using Part = Vector<float, 4>;
+  int* order = reinterpret_cast<int*>(dynamic_shared());
+  Part* all = reinterpret_cast<Part*>(parts);
+  store_global(all + blockIdx.x * 32 + threadIdx.x,
+               load_global<4>(x + blockIdx.x * 128 + threadIdx.x * 4));
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) store_shared(order, add_global(counter, 1));
+  __syncthreads();
+  const int last = static_cast<int>(gridDim.x) - 1;
+  if (load_shared(order) != last) return;
+  __threadfence();
+  Part sum{};
+  for (int block = 0; block <= last; ++block) {
+    const Part part = load_global_coherent(all + block * 32 + threadIdx.x);
+    for (int i = 0; i < 4; ++i) sum.data[i] += part.data[i];
+  }
+  store_global<4>(y + threadIdx.x * 4, sum);
+  if (threadIdx.x == 0) store_global(counter, 0);
+}
+
 // How a 16 x 8 tile of C = A * B is computed.
 enum class Tile {
   kTransposedB,  // m16n8k16, B [16, 8] through ldmatrix.trans

@@ -106,6 +106,17 @@ void run_producer(uintptr_t x, uintptr_t y, int rounds) {
   scope.check_complete();
 }
 
+void run_add_up_blocks(uintptr_t x, uintptr_t parts, uintptr_t counter, uintptr_t y, int blocks) {
+  const Scope scope("add_up_blocks",
+                    {matrix("x", Use::kRead, x, sizeof(float), blocks, kCount),
+                     matrix("parts", Use::kScratch, parts, sizeof(float), blocks, kCount),
+                     matrix("counter", Use::kUpdate, counter, sizeof(int), 1, 1),
+                     matrix("y", Use::kWrite, y, sizeof(float), 1, kCount)});
+  require_success(launch(add_up_blocks, dim3(blocks), dim3(32), 16, nullptr, at<const float>(x),
+                         at<float>(parts), at<int>(counter), at<float>(y)));
+  scope.check_complete();
+}
+
 template <Tile kTile, typename T>
 void run_tile(uintptr_t a, uintptr_t b, uintptr_t c) {
   const Scope scope("tile", {matrix("a", Use::kRead, a, sizeof(T), 16, 16),
@@ -135,6 +146,7 @@ PYBIND11_MODULE(emulator_tests, m) {
   m.def("planted_bug", &run_planted_bug);
   m.def("exchanges", &run_exchanges);
   m.def("producer_and_consumers", &run_producer);
+  m.def("add_up_blocks", &run_add_up_blocks);
   m.def("tile_transposed_b", &run_tile<Tile::kTransposedB, __half>);
   m.def("tile_narrow", &run_tile<Tile::kNarrow, __half>);
   m.def("tile_tf32", &run_tile<Tile::kTf32, float>);
