@@ -343,6 +343,16 @@ def _stem_conv_conv_pool_flop(
     return 2 * n * h * w * (weight1[0] * c + weight2[0] * weight1[0] * 3 * 3)
 
 
+def _conv_wgrad_flop(grads: list[Any], x: Any, *rest: Any, **_: Any) -> int:
+    segments, outputs = rest[4], rest[7]
+    flops, first = 0, 0
+    for i, (n, k, p, q) in enumerate(grads):
+        _k, c, r, s = outputs[first]
+        flops += 2 * n * p * q * k * c * r * s
+        first += segments[i]
+    return flops
+
+
 def _inception_flop(x: Any, conv_weights: list[Any], *_: Any, **__: Any) -> int:
     """Two floating-point operations a multiply-accumulate; shapes, not tensors, come in."""
     n, _c, h, w = x
@@ -374,7 +384,7 @@ def register(namespace: str) -> None:
         ("inception_backward", _inception_backward_fake),
         ("image_to_nhwc", _image_to_nhwc_fake),
         ("copy_channels", _copy_channels_fake),
-        *((name, _writes_only) for name in INFERENCE_OPS),
+        *((name, _writes_only) for name in (*INFERENCE_OPS, "conv_wgrad")),
     )
     for name, fake in fakes:
         torch.library.register_fake(f"{namespace}::{name}", fake)
@@ -383,6 +393,7 @@ def register(namespace: str) -> None:
         ("inception_forward", _inception_flop),
         ("inception_backward", _inception_backward_flop),
         ("conv_group", _conv_group_flop),
+        ("conv_wgrad", _conv_wgrad_flop),
         ("stem_conv_pool", _stem_conv_pool_flop),
         ("stem_conv_conv_pool", _stem_conv_conv_pool_flop),
     ):

@@ -16,6 +16,7 @@ __all__ = [
     "batch_norm_relu",
     "conv_bn_relu",
     "conv_group",
+    "conv_wgrad",
     "global_avg_pool",
     "inception",
     "lrn",
@@ -245,6 +246,50 @@ def conv_group(
         for part, values in zip(
             parts, (F.relu(y) if relus[i] else y).split(widths, 1), strict=True
         ):
+            part.copy_(values)
+
+
+def conv_wgrad(
+    grads: Sequence[Tensor],
+    x: Sequence[Tensor],
+    batch_norms: Sequence[Tensor],
+    strides: Sequence[int],
+    paddings: Sequence[int],
+    pools: Sequence[bool],
+    segments: Sequence[int],
+    exact: bool,
+    workspace: Tensor | None,
+    outputs: Sequence[Tensor],
+) -> None:
+    """Gradients of the weights of convolutions, several at once, each into one to three outputs.
+
+    Args:
+        grads: gradients of the convolutions' outputs, of problem i ``[N, K, P, Q]``.
+        x: what they read, ``[N, C, H, W]``.
+        batch_norms: ``[4, C]``, float32: mean, 1 / standard deviation, weight and bias of a batch
+            norm + ReLU between x and the convolution; ``[0]``: there is none.
+        strides, paddings: ``(h, w)`` of problem 0, ``(h, w)`` of problem 1, ...
+        pools: where True, x is max pooled first: 3x3, stride 1, padding 1.
+        segments: how many of ``outputs``, in turn, share the K filters of problem i.
+        exact: float32 is multiplied as float32; otherwise a kernel may round factors to TF32.
+        workspace: memory for kernels; not used here.
+        outputs: ``[K_j, C, R, S]``, in the dtype of x or float32, written to.
+    """
+    remaining = list(outputs)
+    for i in range(len(x)):
+        read = max_pool(x[i], 3, 1, 1) if pools[i] else x[i]
+        dtype = torch.promote_types(read.dtype, torch.float32)
+        if batch_norms[i].numel():
+            mean, rstd, weight, bias = (v.view(1, -1, 1, 1) for v in batch_norms[i].to(dtype))
+            read = F.relu((read.to(dtype) - mean) * (weight * rstd) + bias).to(read.dtype)
+        parts, remaining = remaining[: segments[i]], remaining[segments[i] :]
+        filters = [part.shape[0] for part in parts]
+        shape = (sum(filters), *parts[0].shape[1:])
+        stride, padding = strides[2 * i : 2 * i + 2], paddings[2 * i : 2 * i + 2]
+        dw = torch.nn.grad.conv2d_weight(
+            read.to(dtype), shape, grads[i].to(dtype), tuple(stride), tuple(padding)
+        )
+        for part, values in zip(parts, dw.split(filters), strict=True):
             part.copy_(values)
 
 

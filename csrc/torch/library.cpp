@@ -37,6 +37,17 @@ STABLE_TORCH_LIBRARY(INCEPTION_EXT_OPS, m) {
       "Tensor reduced_3x3, Tensor reduced_5x5, Tensor pooled, Tensor argmax, Tensor mean, "
       "Tensor rstd, bool training, bool[] needs) -> (Tensor, Tensor[], Tensor[], Tensor[])");
 
+  // Weight gradients of up to 8 convolutions in one launch. Of problem i: grads[i] [N, K, P, Q] T;
+  // x[i] [N, C, H, W] T, on load max pooled (3x3, stride 1, padding 1) where pools[i], or batch
+  // normalised and rectified where batch_norms[i] is float32 [4, C] (mean, rstd, weight, bias) and
+  // not [0]; strides, paddings (h, w); segments[i]: how many of `outputs` in turn share its K
+  // filters, each [k, C, R, S], T or float32, in any strides. exact, workspace: as conv_group has
+  // them
+  m.def(
+      "conv_wgrad(Tensor[] grads, Tensor[] x, Tensor[] batch_norms, int[] strides, "
+      "int[] paddings, bool[] pools, int[] segments, bool exact, Tensor(a!)? workspace, "
+      "Tensor(b!)[] outputs) -> ()");
+
   // Inference: all write into tensors of the caller, who can plan their memory. T is float16,
   // bfloat16 or float32; x and the outputs are channels_last, or channel slices of such. exact:
   // float32 is multiplied as such and not as TF32.
