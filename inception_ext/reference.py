@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 __all__ = [
     "aux_pool",
@@ -286,9 +287,7 @@ def conv_wgrad(
         filters = [part.shape[0] for part in parts]
         shape = (sum(filters), *parts[0].shape[1:])
         stride, padding = strides[2 * i : 2 * i + 2], paddings[2 * i : 2 * i + 2]
-        dw = torch.nn.grad.conv2d_weight(
-            read.to(dtype), shape, grads[i].to(dtype), tuple(stride), tuple(padding)
-        )
+        dw = conv2d_weight(read.to(dtype), shape, grads[i].to(dtype), tuple(stride), tuple(padding))
         for part, values in zip(parts, dw.split(filters), strict=True):
             part.copy_(values)
 

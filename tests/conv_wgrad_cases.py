@@ -1,4 +1,4 @@
-"""Groups of weight gradients for the tests of conv_wgrad: operands, the call, what it has to give."""
+"""Groups of weight gradients for the tests of conv_wgrad: operands, the call, the expectation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,9 +77,7 @@ def operands(case: Wgrad, dtype: torch.dtype, seed: int = 0) -> Operands:
     return Operands(grad, x, batch_norm)
 
 
-def group_operands(
-    cases: Sequence[Wgrad], dtype: torch.dtype, seed: int = 0
-) -> list[Operands]:
+def group_operands(cases: Sequence[Wgrad], dtype: torch.dtype, seed: int = 0) -> list[Operands]:
     return [operands(case, dtype, seed + i) for i, case in enumerate(cases)]
 
 

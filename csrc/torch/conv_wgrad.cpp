@@ -42,7 +42,11 @@ kernels::WgradSegment segment_of(const Tensor& dw, const Tensor& first, const Te
   const std::string name = item("outputs of problem ", i);
   const Argument argument{kOp, name.c_str(), dw};
   argument.is_dense_of(/*cuda=*/true).has_dim(4);
-  argument.has_dtype({x.scalar_type(), ScalarType::Float});
+  if (x.scalar_type() == ScalarType::Float) {
+    argument.has_dtype({ScalarType::Float});
+  } else {
+    argument.has_dtype({x.scalar_type(), ScalarType::Float});
+  }
   argument.has_shape({dw.size(0), x.size(1), first.size(2), first.size(3)});
   return {.dw = dw.data_ptr(),
           .stride_k = dw.stride(0),

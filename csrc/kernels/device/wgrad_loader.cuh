@@ -101,11 +101,18 @@ class TapOperand {
         step_(PixelPosition::of(Share::kRows, p.output_h, p.output_w)) {
     if (prepares() && Share::row() == 0 && row_ < row_end_) {
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) {
-        const int32_t c = tap_.c + e;
-        store_shared(vector(0, e), load_global(p.mean + c));
-        store_shared(vector(1, e), load_global(p.gamma + c) * load_global(p.rstd + c));
-        store_shared(vector(2, e), load_global(p.beta + c));
+      for (int first = 0; first < kVec; first += 4) {
+        Vector<float, 4> mean, scale, beta;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int32_t c = tap_.c + first + e;
+          mean.data[e] = load_global(p.mean + c);
+          scale.data[e] = load_global(p.gamma + c) * load_global(p.rstd + c);
+          beta.data[e] = load_global(p.beta + c);
+        }
+        store_shared<4>(vector(0, first), mean);
+        store_shared<4>(vector(1, first), scale);
+        store_shared<4>(vector(2, first), beta);
       }
     }
   }
@@ -165,11 +172,11 @@ class TapOperand {
         pixel_chunk_offset<Math>(kStepPixels<T>, Share::row() + i * Share::kRows, Share::chunk()));
   }
 
-  // Element e of vector i (mean, gamma * rstd, beta) at the thread's channels. Four of one chunk
-  // lie together, and these side by side.
-  __device__ __forceinline__ float* vector(int i, int e) const {
+  // Four floats of vector i (mean, gamma * rstd, beta) for the thread's channels from `first` on,
+  // a multiple of 4; those of all chunks lie side by side.
+  __device__ __forceinline__ float* vector(int i, int first) const {
     return reinterpret_cast<float*>(shared_ + kTileStages * kTileBytes) +
-           ((i * kVec + e) / 4 * Share::kChunks + Share::chunk()) * 4 + e % 4;
+           ((i * kVec + first) / 4 * Share::kChunks + Share::chunk()) * 4;
   }
   __device__ __forceinline__ void load_vector(float (&values)[kVec], int i) const {
 #pragma unroll
