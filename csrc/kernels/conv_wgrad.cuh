@@ -93,9 +93,14 @@ __device__ __forceinline__ void compute_wgrad_tile(const ConvWgradLaunch& launch
   WgradStore<T, kShape.n_fragments>(p, shared).write(warp, tile.m, tile.n);
 }
 
+// Shared memory of sm_75 holds one or two blocks at a time, which may use its registers.
+constexpr int wgrad_resident(const TileShape& shape) {
+  return kArchitecture > 0 && kArchitecture < 800 ? 1 : min_resident(shape);
+}
+
 // kShape: of kTileShapes.
 template <typename Math, int kShape>
-__global__ void __launch_bounds__(kTileThreads, min_resident(kTileShapes[kShape]))
+__global__ void __launch_bounds__(kTileThreads, wgrad_resident(kTileShapes[kShape]))
     conv_wgrad_kernel(const __grid_constant__ ConvWgradLaunch launch) {
   if constexpr (Math::kExists) {
     compute_wgrad_tile<Math, kTileShapes[kShape]>(launch);
