@@ -13,14 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from inception_ext import _library, functional
+from inception_ext._fold import is_inception
 from inception_ext._frozen import BODY, STEM, Frozen
 from inception_ext._frozen_cpu import FrozenCpu
 from inception_ext._frozen_cuda import FusedNetwork
+from inception_ext._fuse import fold_inception as fold
+from inception_ext._fuse import has_two_launches
 from inception_ext._images import Images, check_images
 from inception_ext._profiling import region
+from inception_ext._steps import FoldedInception
 from inception_ext._watch import Watch
 
-__all__ = ["Engine", "freeze"]
+__all__ = ["Engine", "fold_inception", "freeze"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -66,6 +70,30 @@ def freeze(
     from inception_ext.early_exit import EarlyExitEngine
 
     return EarlyExitEngine(model, dtype, mean, std, early_exit)
+
+
+def fold_inception(block: nn.Module, dtype: torch.dtype | None = None) -> FoldedInception:
+    """An Inception module of any widths, folded and packed: for inference outside a GoogLeNet.
+
+    ::
+
+        folded = fold_inception(block, torch.float16)
+        y = inception_ext.functional.folded_inception(x, *folded)
+
+    Args:
+        block: :class:`inception_ext.Inception` or torchvision's; later changes go unnoticed.
+        dtype: of the weights, and of x; default: that of the block.
+
+    Raises:
+        TypeError: a module that computes anything else, or has hooks.
+    """
+    if not (is_inception(block) and has_two_launches(block)):
+        raise TypeError(
+            f"fold_inception: block: expected an Inception without hooks, got a "
+            f"{type(block).__name__} that computes something else"
+        )
+    with torch.no_grad():
+        return fold(block, dtype or next(block.parameters()).dtype)
 
 
 class Engine:
@@ -156,6 +184,20 @@ class Engine:
             given = self._images(images)
             network = self._network_for(given.pixels)
             return network(given if network.reads_images else self._to_nhwc(given))
+
+    def name_launches(self, shape: Sequence[int]) -> list[str]:
+        """The modules that each kernel launch of a call stands for, in order.
+
+        Args:
+            shape: ``[N, 3, H, W]``, of the images.
+
+        Raises:
+            ValueError: the engine does not run on CUDA kernels alone.
+        """
+        if not isinstance(self._network, FusedNetwork):
+            raise ValueError("name_launches: expected an engine on CUDA, got one on the CPU")
+        pixels = torch.empty(tuple(shape), device=self.device)
+        return self._network.name_launches(Images(pixels, *self._affine(False)))
 
     def _images(self, images: Tensor) -> Images:
         pixels = check_images(images, self.device)

@@ -16,8 +16,17 @@ from torch.autograd.graph import increment_version
 from torch.nn.modules.module import _has_any_global_hook
 
 from inception_ext import _library, autograd, reference
+from inception_ext._launches import Exact, Launcher
+from inception_ext._steps import FoldedInception
 
-__all__ = ["batch_norm_relu", "inception", "max_pool", "use_kernels", "why_reference"]
+__all__ = [
+    "batch_norm_relu",
+    "folded_inception",
+    "inception",
+    "max_pool",
+    "use_kernels",
+    "why_reference",
+]
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -332,4 +341,47 @@ def _convolutions_fit(x: Tensor, weights: Sequence[Tensor]) -> bool:
         and weight.device == x.device
         and size[1:] == (c, r, r)
         for weight, size, c, r in zip(weights, sizes, inputs, kernels, strict=True)
+    )
+
+
+def folded_inception(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    widths: Sequence[int],
+    branch3_kernel_size: int = 3,
+) -> Tensor:
+    """:func:`inception_ext.reference.folded_inception` in two launches, for inference.
+
+    :func:`inception_ext.engine.fold_inception` makes the arguments of a module. float16, bfloat16
+    and float32 on CUDA; the reference elsewhere, and where a gradient is asked for. float32 is
+    multiplied as TF32 where ``torch.backends.cudnn.conv.fp32_precision`` says so.
+    """
+    folded = FoldedInception(weights, biases, widths, branch3_kernel_size)
+    if (
+        why_inference_reference(x, x.dtype) is not None
+        or type(x) not in _PLAIN_TYPES
+        or _needs_grad(x, *weights, *biases)
+        or not _folded_fits(x, folded)
+    ):
+        return reference.folded_inception(x, weights, biases, widths, branch3_kernel_size)
+    with torch.no_grad():
+        return folded.run(Launcher(x, x.dtype, Exact.by_torch(x.dtype)), x)
+
+
+def _folded_fits(x: Tensor, folded: FoldedInception) -> bool:
+    """Whether the parameters of a folded module go with x and with one another."""
+    widths, r = list(folded.widths), folded.branch3_kernel_size
+    if x.dim() != 4 or len(widths) != 3 or len(folded.weights) != 4 or len(folded.biases) != 4:
+        return False
+    if min(widths) < 1 or 0 in x.shape[1:] or r not in (1, 3, 5, 7):
+        return False
+    rows = (x.shape[1], 9 * widths[1], r * r * widths[2], x.shape[1])
+    return folded.weights[0].shape[:1] == (sum(widths),) and all(
+        weight.dim() == 2
+        and (weight.dtype, weight.device) == (x.dtype, x.device)
+        and weight.shape[1] == -(-row // 8) * 8
+        and (bias.dtype, bias.device) == (torch.float32, x.device)
+        and bias.shape == weight.shape[:1]
+        for weight, bias, row in zip(folded.weights, folded.biases, rows, strict=True)
     )

@@ -17,7 +17,11 @@ __all__ = [
     "batch_norm_relu",
     "conv_bn_relu",
     "conv_group",
+<<<<<<< HEAD
     "conv_wgrad",
+=======
+    "folded_inception",
+>>>>>>> 75c03d7 (wip)
     "global_avg_pool",
     "inception",
     "lrn",
@@ -250,6 +254,7 @@ def conv_group(
             part.copy_(values)
 
 
+<<<<<<< HEAD
 def conv_wgrad(
     grads: Sequence[Tensor],
     x: Sequence[Tensor],
@@ -290,6 +295,37 @@ def conv_wgrad(
         dw = conv2d_weight(read.to(dtype), shape, grads[i].to(dtype), tuple(stride), tuple(padding))
         for part, values in zip(parts, dw.split(filters), strict=True):
             part.copy_(values)
+=======
+def folded_inception(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    widths: Sequence[int],
+    branch3_kernel_size: int = 3,
+) -> Tensor:
+    """:func:`inception` in evaluation mode, with the batch norms folded into the convolutions.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        weights: packed (:func:`pack_weight`), in the dtype of x: the three convolutions 1x1 that
+            read x as one of ``sum(widths)`` channels, the 3x3, the 5x5, and the one of the pool.
+        biases: of these, ``[K]`` each, float32.
+        widths: channels that go to the output, to the 3x3 convolution and to the 5x5 one.
+        branch3_kernel_size: of the "5x5" convolution.
+
+    Returns:
+        ``[N, widths[0] + K_3x3 + K_5x5 + K_pool, H, W]``.
+    """
+
+    def conv(i: int, y: Tensor, size: int = 1) -> Tensor:
+        padding = (size // 2, size // 2)
+        z = _conv(y, weights[i], biases[i], (size, size), padding=padding)
+        return F.relu(z).to(x.dtype)
+
+    y1, y3, y5 = conv(0, x).split(list(widths), 1)
+    pooled = conv(3, max_pool(x, 3, 1, 1))
+    return torch.cat([y1, conv(1, y3, 3), conv(2, y5, branch3_kernel_size), pooled], 1)
+>>>>>>> 75c03d7 (wip)
 
 
 def stem_conv_pool(
