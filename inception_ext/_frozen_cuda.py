@@ -60,6 +60,10 @@ class FusedNetwork:
         self._add_all({n: getattr(model, n) for n in names if hasattr(model, n)}, dtypes)
         if head:
             self._add_head(model, dtypes)
+        device = next(model.parameters()).device
+        if device.type == "cuda" and not _is_capturing(device):
+            # Later calls may be on other streams, and kernels fetch weights ahead of their turn.
+            torch.cuda.synchronize(device)
         self._lock = threading.Lock()
         self._streams: _Recent[_Stream] = _Recent(_MAX_STREAMS)
 
@@ -162,7 +166,12 @@ class FusedNetwork:
 
 def _needs_tensors_of_its_own(x: Tensor) -> bool:
     """Whether somebody else records what runs: then memory and launches are theirs to plan."""
-    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return torch.compiler.is_compiling() or (x.is_cuda and _is_capturing(x.device))
+
+
+def _is_capturing(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _on_device(x: Tensor) -> Any:

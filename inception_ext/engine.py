@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from inception_ext import _library, functional
+from inception_ext._compiled import call_engine, number
 from inception_ext._fold import is_inception
 from inception_ext._frozen import BODY, STEM, Frozen
 from inception_ext._frozen_cpu import FrozenCpu
@@ -45,7 +46,13 @@ def freeze(
     The model stays as it is and remains the owner of the weights: when a parameter, a statistic or
     a submodule changes (training, ``load_state_dict``, ``.to()``, a new ``fc``), the next call
     folds and packs them anew. What torch keeps no count of it cannot notice: after
-    ``p.data.mul_(2)``, or writes from another process, call :meth:`Engine.refresh`.
+    ``p.data.mul_(2)``, or writes from another process, call :meth:`Engine.refresh`. A call within
+    ``torch.compile`` is one op that notices as much; an engine that went through ``torch.export``
+    has the weights of that time.
+
+    On CUDA the network is planned once for each shape of the images, and kept as a CUDA graph.
+    float32 is multiplied as TF32 where torch's own convolutions (``torch.backends.cudnn``) and, for
+    the classifier, matrix products (``torch.backends.cuda.matmul``) may be.
 
     Args:
         model: :class:`inception_ext.GoogLeNet`, torchvision's, or a network with their children.
@@ -128,6 +135,7 @@ class Engine:
         self.model = model
         self._asked_dtype = dtype
         self._mean, self._std = tuple(mean), tuple(std)
+        self._number = number(self)
         self._watch: Watch | None = None
         self._networks: dict[Any, Any]
         self.refresh()
@@ -176,7 +184,12 @@ class Engine:
                 another device than the model's.
         """
         assert self._watch is not None
-        if not torch.compiler.is_compiling() and self._watch.changed():
+        if torch.compiler.is_compiling():
+            fc = self.model.fc
+            if not torch.compiler.is_exporting() and type(fc) is nn.Linear:
+                dtype = self._asked_dtype or fc.weight.dtype
+                return call_engine(images, self._number, fc.out_features, dtype)
+        elif self._watch.changed():
             self.refresh()
         # Autocast is for models that leave their dtypes open.
         autocast = torch.autocast(self.device.type, enabled=False)

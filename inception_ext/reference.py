@@ -17,11 +17,8 @@ __all__ = [
     "batch_norm_relu",
     "conv_bn_relu",
     "conv_group",
-<<<<<<< HEAD
     "conv_wgrad",
-=======
     "folded_inception",
->>>>>>> 75c03d7 (wip)
     "global_avg_pool",
     "inception",
     "lrn",
@@ -254,7 +251,6 @@ def conv_group(
             part.copy_(values)
 
 
-<<<<<<< HEAD
 def conv_wgrad(
     grads: Sequence[Tensor],
     x: Sequence[Tensor],
@@ -295,7 +291,8 @@ def conv_wgrad(
         dw = conv2d_weight(read.to(dtype), shape, grads[i].to(dtype), tuple(stride), tuple(padding))
         for part, values in zip(parts, dw.split(filters), strict=True):
             part.copy_(values)
-=======
+
+
 def folded_inception(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -325,7 +322,6 @@ def folded_inception(
     y1, y3, y5 = conv(0, x).split(list(widths), 1)
     pooled = conv(3, max_pool(x, 3, 1, 1))
     return torch.cat([y1, conv(1, y3, 3), conv(2, y5, branch3_kernel_size), pooled], 1)
->>>>>>> 75c03d7 (wip)
 
 
 def stem_conv_pool(

@@ -72,12 +72,16 @@ def assert_as_good_as_the_model(
     engine: Engine, model: nn.Module, x: Tensor, given: Tensor | None = None
 ) -> None:
     """The engine on ``given`` (default: x) against the model on x, judged in float64."""
-    logits = engine(x if given is None else given)
+    assert_logits_as_good_as_the_models(engine(x if given is None else given), model, x)
+
+
+def assert_logits_as_good_as_the_models(logits: Tensor, model: nn.Module, x: Tensor) -> None:
+    """The same for logits that are there already."""
     exact = evaluate(model, x.double())
-    if engine.dtype != torch.float32 and isinstance(model, BVLCGoogLeNet):
-        eager = exact.to(engine.dtype)  # the best there could be: torch's LRN on the CPU lacks it
+    if logits.dtype != torch.float32 and isinstance(model, BVLCGoogLeNet):
+        eager = exact.to(logits.dtype)  # the best there could be: torch's LRN on the CPU lacks it
     else:
-        eager = evaluate(model, x.to(engine.dtype))
+        eager = evaluate(model, x.to(logits.dtype))
     assert_network_as_good_as_eager({"logits": logits}, {"logits": eager}, {"logits": exact})
 
 

@@ -115,8 +115,27 @@ def test_modules_of_no_images(device):
     assert y.shape == (0, 22, 6, 5) and launches == []
 
 
+@each_device
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_modules_compile_with_fullgraph(device, backend):
+    folded = fold_inception(block_of((24, 16, 8, 24, 8, 16, 8)), torch.float16)
+    x = randn(2, 24, 5, 6).half()
+    expected, _ = run_folded(folded, x, device)
+    moved = [
+        [to_device(t, device) for t in part] if isinstance(part[0], Tensor) else part
+        for part in folded[:3]
+    ]
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda x: functional.folded_inception(x, *moved) * 2, fullgraph=True, backend=backend
+    )
+    with kernels_on(device), torch.no_grad():
+        assert torch.equal(compiled(to_device(x, device)).cpu(), expected * 2)
+    torch.compiler.reset()
+
+
 @needs_emulator
-def test_modules_leave_the_kernels_for_a_gradient(models):
+def test_modules_leave_the_kernels_for_a_gradient():
     folded = fold_inception(block_of((17, 5, 3, 7, 1, 4, 6)))
     x = randn(1, 17, 4, 4).requires_grad_()
     with emulated() as launches:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import assert_as_good_as_the_model, images, make_models, normalised
+from engine_cases import assert_logits_as_good_as_the_models, images, make_models, normalised
 from torch import Tensor, nn
 
 from inception_ext import _frozen_cuda
@@ -61,17 +61,7 @@ def test_batches(models, dtype):
             given = x.cuda()
             for _ in range(3):
                 logits = engine(given).cpu()
-            assert_as_good_as_the_model(OnGiven(engine, logits), models["ours"], normalised(x))
-
-
-class OnGiven:
-    """Logits that are there already, as an engine."""
-
-    def __init__(self, engine: Engine, logits: Tensor) -> None:
-        self.dtype, self._logits = engine.dtype, logits
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._logits
+            assert_logits_as_good_as_the_models(logits, models["ours"], normalised(x))
 
 
 def test_a_call_waits_for_nothing_and_allocates_the_logits(models):
