@@ -112,7 +112,7 @@ class BatchNormRelu(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
-        y, mean, rstd = torch.ops.inception_ext.batch_norm_relu_forward(
+        y, mean, rstd = _library.ops(x).batch_norm_relu_forward(
             x, weight, bias, running_mean, running_var, training, momentum, eps
         )
         ctx.save_for_backward(x, weight, bias, mean, rstd)
@@ -132,7 +132,7 @@ class BatchNormRelu(torch.autograd.Function):
             gradients = _reference_gradients(function, grad, [x, weight, bias])
         else:
             gradients = list(
-                torch.ops.inception_ext.batch_norm_relu_backward(
+                _library.ops(grad).batch_norm_relu_backward(
                     grad, x, weight, bias, mean, rstd, ctx.training
                 )
             )

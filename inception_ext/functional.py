@@ -185,21 +185,27 @@ def why_pool_reference(
     kernel, step = _pair(kernel_size), _pair(stride)
     if kernel is None or step is None:
         return "a window that is not two integers"
-    reason = why_reference(x)
-    if reason == "no kernel for device cuda":
-        if x.dtype not in _CUDA_DTYPES:
-            return f"no kernel for dtype {x.dtype} on cuda"
-        if x.is_cuda and (reason := _why_not_on(x.device)) is not None:
-            return reason
-        if not (set(kernel) <= {2, 3} and set(step) <= {1, 2}):
-            return "no CUDA kernel for this window"
-    elif reason is not None:
+    if (reason := _why_op_reference(x)) is not None:
         return reason
+    if _library.device_type(x) == "cuda" and not (set(kernel) <= {2, 3} and set(step) <= {1, 2}):
+        return "no CUDA kernel for this window"
     if min(kernel) < 1 or kernel[0] * kernel[1] > 255:
         return "window of more than 255 elements"
     if x.shape[2] < kernel[0] or x.shape[3] < kernel[1]:
         return "input smaller than the window"  # the reference words the error, if it is one
     return None
+
+
+def _why_op_reference(x: Tensor) -> str | None:
+    """As :func:`why_reference`, for the ops that CUDA has kernels for too."""
+    reason = why_reference(x)
+    if reason != "no kernel for device cuda":
+        return reason
+    if x.dtype not in _CUDA_DTYPES:
+        return f"no kernel for dtype {x.dtype} on cuda"
+    if x.layout != torch.strided:
+        return f"no kernel for layout {x.layout}"
+    return _why_not_on(x.device) if x.is_cuda else None
 
 
 @torch.compiler.assume_constant_result  # while tracing: a device stays what it is
@@ -219,12 +225,12 @@ def batch_norm_relu(
 ) -> Tensor:
     """:func:`inception_ext.reference.batch_norm_relu` in two passes over x, one in evaluation.
 
-    float32 and bfloat16 on the CPU, with affine parameters and running statistics; the reference
-    elsewhere.
+    float16, bfloat16 and float32 on CUDA, float32 and bfloat16 on the CPU, with affine parameters
+    and running statistics; the reference elsewhere.
     """
     tensors = (weight, bias, running_mean, running_var)
     if (
-        why_reference(x) is not None
+        _why_op_reference(x) is not None
         or not _has_batch(x, training)
         or not _vectors_fit(x, tensors, [x.shape[1]])
     ):
@@ -236,7 +242,7 @@ def batch_norm_relu(
             x, weight, bias, running_mean, running_var, training, momentum, eps
         )
     else:
-        y = torch.ops.inception_ext.batch_norm_relu_forward(
+        y = _library.ops(x).batch_norm_relu_forward(
             x, weight, bias, running_mean, running_var, training, momentum, eps
         )[0]
     if training:
