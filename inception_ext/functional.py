@@ -21,6 +21,7 @@ from inception_ext._steps import FoldedInception
 
 __all__ = [
     "batch_norm_relu",
+    "conv_chain",
     "folded_inception",
     "inception",
     "max_pool",
@@ -110,6 +111,23 @@ def why_inference_reference(x: Tensor, dtype: torch.dtype) -> str | None:
     return _why_not_on(x.device) if x.is_cuda else None
 
 
+def why_no_kernel(x: Tensor) -> str | None:
+    """As :func:`why_reference`, for the ops that have kernels for the CPU and for CUDA."""
+    reason = why_reference(x)
+    if reason != "no kernel for device cuda":
+        return reason
+    if x.dtype not in _CUDA_DTYPES:
+        return f"no kernel for dtype {x.dtype} on cuda"
+    if x.layout != torch.strided:
+        return f"no kernel for layout {x.layout}"
+    return _why_not_on(x.device) if x.is_cuda else None
+
+
+def runs_on_cpu(x: Tensor) -> bool:
+    """Whether the kernels that serve x are those of the CPU."""
+    return _library.device_type(x) == "cpu"
+
+
 @torch.compiler.assume_constant_result  # while tracing; torch.compile guards the stack itself
 def _in_functorch() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -185,27 +203,16 @@ def why_pool_reference(
     kernel, step = _pair(kernel_size), _pair(stride)
     if kernel is None or step is None:
         return "a window that is not two integers"
-    if (reason := _why_op_reference(x)) is not None:
+    if (reason := why_no_kernel(x)) is not None:
         return reason
-    if _library.device_type(x) == "cuda" and not (set(kernel) <= {2, 3} and set(step) <= {1, 2}):
+    on_cuda = _library.device_type(x) == "cuda"
+    if on_cuda and not (set(kernel) <= {2, 3} and set(step) <= {1, 2}):
         return "no CUDA kernel for this window"
     if min(kernel) < 1 or kernel[0] * kernel[1] > 255:
         return "window of more than 255 elements"
     if x.shape[2] < kernel[0] or x.shape[3] < kernel[1]:
         return "input smaller than the window"  # the reference words the error, if it is one
     return None
-
-
-def _why_op_reference(x: Tensor) -> str | None:
-    """As :func:`why_reference`, for the ops that CUDA has kernels for too."""
-    reason = why_reference(x)
-    if reason != "no kernel for device cuda":
-        return reason
-    if x.dtype not in _CUDA_DTYPES:
-        return f"no kernel for dtype {x.dtype} on cuda"
-    if x.layout != torch.strided:
-        return f"no kernel for layout {x.layout}"
-    return _why_not_on(x.device) if x.is_cuda else None
 
 
 @torch.compiler.assume_constant_result  # while tracing: a device stays what it is
@@ -230,7 +237,7 @@ def batch_norm_relu(
     """
     tensors = (weight, bias, running_mean, running_var)
     if (
-        _why_op_reference(x) is not None
+        why_no_kernel(x) is not None
         or not _has_batch(x, training)
         or not _vectors_fit(x, tensors, [x.shape[1]])
     ):
@@ -286,14 +293,16 @@ def inception(
 ) -> Tensor:
     """:func:`inception_ext.reference.inception` as one op forward and one backward.
 
-    float32 and bfloat16 on the CPU; the reference elsewhere. Follows autocast to bfloat16.
+    float32 and bfloat16 on the CPU; float16, bfloat16 and float32 on CUDA; the reference elsewhere.
+    Follows autocast.
     """
     vectors = (weights, biases, running_means, running_vars)
     for name, tensors in zip(_INCEPTION_LISTS, (conv_weights, *vectors), strict=True):
         if len(tensors) != 6:
             raise ValueError(f"inception: {name}: expected 6 tensors, got {len(tensors)}")
-    if why_reference(x) is None and _has_batch(x, training):
+    if why_no_kernel(x) is None and _has_batch(x, training):
         kernels = _autocast(x, conv_weights)
+        exact = Exact.by_torch(x.dtype).convolutions
         if _convolutions_fit(x, kernels) and _vectors_fit(
             x, [v for tensors in vectors for v in tensors], [k.shape[0] for k in kernels]
         ):
@@ -302,6 +311,7 @@ def inception(
                     training,
                     momentum,
                     eps,
+                    exact,
                     list(running_means),
                     list(running_vars),
                     x,
@@ -310,8 +320,8 @@ def inception(
                     *biases,
                 )
             else:
-                out = torch.ops.inception_ext.inception_forward(
-                    x, kernels, *vectors, training, momentum, eps, False
+                out = _library.ops(x).inception_forward(
+                    x, kernels, *vectors, training, momentum, eps, False, exact
                 )[0]
             if training:
                 _note_update(*running_means, *running_vars)
@@ -319,17 +329,144 @@ def inception(
     return reference.inception(x, conv_weights, *vectors, training, momentum, eps)
 
 
+def conv_chain(
+    x: Tensor,
+    conv_weights: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    running_means: Sequence[Tensor | None],
+    running_vars: Sequence[Tensor | None],
+    strides: Sequence[int],
+    paddings: Sequence[int],
+    pool: Sequence[int],
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """:func:`inception_ext.reference.conv_chain` as one op forward and one backward.
+
+    One or two convolutions in float16, bfloat16 or float32 on CUDA, of which the first has stride 1
+    or an input that needs no gradient; the reference elsewhere. Follows autocast.
+    """
+    vectors = (weights, biases, running_means, running_vars)
+    window = (list(strides), list(paddings), list(pool))
+    for name, tensors in zip(_INCEPTION_LISTS, (conv_weights, *vectors), strict=True):
+        if len(tensors) != len(strides):
+            raise ValueError(
+                f"conv_chain: {name}: expected {len(strides)} tensors, got {len(tensors)}"
+            )
+    if why_no_chain_kernel(x, conv_weights, *window, training) is None:
+        kernels = _autocast(x, conv_weights)
+        exact = Exact.by_torch(x.dtype).convolutions
+        if _chain_fits(x, kernels) and _vectors_fit(
+            x, [v for tensors in vectors for v in tensors], [k.shape[0] for k in kernels]
+        ):
+            if _needs_grad(x, *kernels, *weights, *biases):
+                lists = (list(running_means), list(running_vars))
+                y = autograd.ConvChain.apply(
+                    *window,
+                    training,
+                    momentum,
+                    eps,
+                    exact,
+                    *lists,
+                    x,
+                    *kernels,
+                    *weights,
+                    *biases,
+                )
+            else:
+                y = _library.ops(x).conv_chain_forward(
+                    x, kernels, *vectors, *window, training, momentum, eps, False, exact
+                )[0]
+            if training:
+                _note_update(*running_means, *running_vars)
+            return y
+    return reference.conv_chain(x, conv_weights, *vectors, *window, training, momentum, eps)
+
+
+def why_no_chain_kernel(
+    x: Tensor,
+    conv_weights: Sequence[Tensor],
+    strides: Sequence[int],
+    paddings: Sequence[int],
+    pool: Sequence[int],
+    training: bool,
+) -> str | None:
+    """Why :func:`conv_chain` takes the reference for these sizes, or None."""
+    if (reason := why_no_kernel(x)) is not None:
+        return reason
+    if runs_on_cpu(x):
+        return "no kernel for a chain of convolutions on cpu"
+    if not 1 <= len(conv_weights) <= 2:
+        return f"a chain of {len(conv_weights)} convolutions"
+    if strides[0] != 1 and _needs_grad(x):
+        return "a convolution with stride whose input needs a gradient"
+    if pool and not (pool[0] in (2, 3) and pool[1] in (1, 2) and 2 * pool[2] <= pool[0]):
+        return "no CUDA kernel for this pool"
+    size = [x.shape[2], x.shape[3]]
+    if 0 in x.shape[1:]:
+        return "an empty image"
+    for i, weight in enumerate(conv_weights):
+        if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or 0 in weight.shape:
+            return "a filter that is not square"
+        kernel, stride, padding = weight.shape[2], strides[i], paddings[i]
+        if not (0 <= padding < kernel <= 127 and 1 <= stride <= 127):
+            return "no kernel for this convolution"
+        if i > 0 and stride != 1:
+            return "a second convolution with stride"
+        size = [(s + 2 * padding - kernel) // stride + 1 for s in size]
+        if min(size) < 1 or (training and x.shape[0] * size[0] * size[1] == 1):
+            return "an output too small"  # the reference words the error
+    if pool and min(size) < pool[0]:
+        return "an output too small to pool"
+    return None
+
+
+def _chain_fits(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether the convolutions' weights go with x and with one another."""
+    dtype = weights[0].dtype
+    if dtype != x.dtype and not (dtype == torch.float32 and _casts_weights(x)):
+        return False
+    inputs = [x.shape[1], *(weight.shape[0] for weight in weights)]
+    return all(
+        type(weight) in _PLAIN_TYPES
+        and weight.dtype == dtype
+        and weight.device == x.device
+        and weight.shape[1] == channels
+        for weight, channels in zip(weights, inputs, strict=False)
+    )
+
+
 _INCEPTION_LISTS = ("conv_weights", "weights", "biases", "running_means", "running_vars")
 
 
 def _autocast(x: Tensor, conv_weights: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Weights as autocast would cast a convolution's; then x has to have its dtype already."""
-    if not torch.is_autocast_enabled("cpu"):
+    """Weights as autocast would cast a convolution's; then x has to have its dtype already.
+
+    On CUDA, float32 weights stay as they are where x has autocast's dtype: the op casts them.
+    """
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
         return conv_weights
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(device)
+    if _casts_weights(x):
+        return [
+            w if w.dtype in (torch.float32, torch.float64) else w.to(dtype) for w in conv_weights
+        ]
     # x itself stays as it is: where autocast would cast it, the pool would come before the cast.
     # float64 is not for autocast to change.
     return [w if w.dtype == torch.float64 else w.to(dtype) for w in conv_weights]
+
+
+def _casts_weights(x: Tensor) -> bool:
+    """Whether the inception op takes float32 weights for x, because autocast would cast them."""
+    device = x.device.type
+    return (
+        _library.device_type(x) == "cuda"
+        and torch.is_autocast_enabled(device)
+        and x.dtype == torch.get_autocast_dtype(device)
+    )
 
 
 def _convolutions_fit(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -341,9 +478,12 @@ def _convolutions_fit(x: Tensor, weights: Sequence[Tensor]) -> bool:
     sizes = [weight.shape for weight in weights]
     inputs = (x.shape[1], x.shape[1], sizes[1][0], x.shape[1], sizes[3][0], x.shape[1])
     kernels = (1, 1, 3, 1, 5 if sizes[4][-1] == 5 else 3, 1)
+    dtype = weights[0].dtype
+    if dtype != x.dtype and not (dtype == torch.float32 and _casts_weights(x)):
+        return False
     return all(
         type(weight) in _PLAIN_TYPES
-        and weight.dtype == x.dtype
+        and weight.dtype == dtype
         and weight.device == x.device
         and size[1:] == (c, r, r)
         for weight, size, c, r in zip(weights, sizes, inputs, kernels, strict=True)

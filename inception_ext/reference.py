@@ -16,6 +16,7 @@ __all__ = [
     "aux_pool",
     "batch_norm_relu",
     "conv_bn_relu",
+    "conv_chain",
     "conv_group",
     "conv_wgrad",
     "folded_inception",
@@ -93,6 +94,39 @@ def conv_bn_relu(
     """:func:`batch_norm_relu` of a convolution with ``conv_weight`` ``[K, C, R, S]``, no bias."""
     y = F.conv2d(x, conv_weight, None, stride, padding)
     return batch_norm_relu(y, weight, bias, running_mean, running_var, training, momentum, eps)
+
+
+def conv_chain(
+    x: Tensor,
+    conv_weights: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    running_means: Sequence[Tensor | None],
+    running_vars: Sequence[Tensor | None],
+    strides: Sequence[int],
+    paddings: Sequence[int],
+    pool: Sequence[int],
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """:func:`conv_bn_relu` once or more, then :func:`max_pool`.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        conv_weights: ``[K, C, R, R]`` of the first convolution, and so on.
+        weights, biases, running_means, running_vars: of each batch norm, ``[K]``.
+        strides, paddings: of each convolution.
+        pool: kernel size, stride, padding, ceil mode (0 or 1); empty: none.
+        training, momentum, eps: as in :func:`batch_norm_relu`.
+    """
+    for i, conv_weight in enumerate(conv_weights):
+        norm = (weights[i], biases[i], running_means[i], running_vars[i])
+        x = conv_bn_relu(x, conv_weight, *norm, training, momentum, eps, strides[i], paddings[i])
+    if not pool:
+        return x
+    kernel_size, stride, padding, ceil_mode = pool
+    return max_pool(x, kernel_size, stride, padding, bool(ceil_mode))
 
 
 def inception(

@@ -156,11 +156,7 @@ void conv_group(Tensors x, Tensors weights, Tensors biases, Integers kernel_size
 
 }  // namespace
 
-#ifdef INCEPTION_EXT_EMULATE
-STABLE_TORCH_LIBRARY_IMPL(INCEPTION_EXT_OPS, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(INCEPTION_EXT_OPS, CUDA, m) {
-#endif
+STABLE_TORCH_LIBRARY_IMPL(INCEPTION_EXT_OPS, INCEPTION_EXT_CUDA_KEY, m) {
   m.impl("conv_group", TORCH_BOX(&conv_group));
 }
 
