@@ -1,14 +1,21 @@
 """Training on the CUDA kernels: the Inception module and chains of convolutions, as one op each."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from closeness import BLOCK_NOISE_FLOOR, NOISE_FLOOR_EPS, assert_all_as_good_as_eager
 from fast_path import CHANNELS, bn_tensors, inception_tensors, output_of, randn
-from kernel_devices import each_device, kernel_ops, kernels_on, needs_emulator, torch_device
+from kernel_devices import (
+    each_device,
+    exact_products,
+    fp32_precision,
+    kernel_ops,
+    kernels_on,
+    needs_emulator,
+    torch_device,
+)
 from test_ops import as_leaf, inception_results, to_double
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -27,20 +34,10 @@ CHANNELS_LAST = {"memory_format": torch.channels_last}
 
 
 @pytest.fixture(autouse=True)
-def exact_products() -> Iterator[None]:
+def exact() -> Iterator[None]:
     """float32 is multiplied as such; test_tf32 is about the other setting."""
-    with fp32_precision("ieee"):
+    with exact_products():
         yield
-
-
-@contextmanager
-def fp32_precision(precision: str) -> Iterator[None]:
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = precision
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = before
 
 
 def on_or_off(biases: list[Tensor]) -> None:
