@@ -76,8 +76,9 @@ Result conv_chain_forward(Tensor x, std::vector<Tensor> conv_weights, std::vecto
   }
   const int last = chain.length - 1;
   Tensor y = image(chain.output, chain.channels[last], dtype);
-  Tensor argmax = chain.pooled && save ? image(chain.output, chain.channels[last], ScalarType::Byte)
-                                       : empty_vector(x, 0, ScalarType::Byte);
+  // The kernel writes it whether somebody reads it or not.
+  Tensor argmax = chain.pooled ? image(chain.output, chain.channels[last], ScalarType::Byte)
+                               : empty_vector(x, 0, ScalarType::Byte);
 
   const auto finalize = [&](int i, int32_t rows, cudaStream_t stream) {
     kernels::BatchNormFinalizeParams params{};
@@ -105,7 +106,7 @@ Result conv_chain_forward(Tensor x, std::vector<Tensor> conv_weights, std::vecto
     kernels::BatchNormReluMaxPoolParams params{};
     params.pool = {.x = from.data,
                    .y = to.data,
-                   .argmax = argmax.numel() > 0 ? data_of<uint8_t>(argmax) : nullptr,
+                   .argmax = data_of<uint8_t>(argmax),
                    .x_stride = pixel_strides(from, size.h, size.w),
                    .y_stride = pixel_strides(to, chain.output.h, chain.output.w),
                    .batch = size.n,
@@ -153,7 +154,9 @@ Result conv_chain_forward(Tensor x, std::vector<Tensor> conv_weights, std::vecto
     vars[i].write_back();
   }
   const auto none = [&] { return empty_vector(x, 0, dtype); };
-  if (!save) return {y, none(), none(), argmax, floats(0), floats(0)};
+  if (!save) {
+    return {y, none(), none(), empty_vector(x, 0, ScalarType::Byte), floats(0), floats(0)};
+  }
   return {y, raw[0], chain.length > 1 ? raw[1] : none(), argmax, mean, rstd};
 }
 
