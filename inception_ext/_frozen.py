@@ -29,8 +29,8 @@ __all__ = [
 ]
 
 # Children in the order of their calls; a network without one (only the paper's has lrn) skips it.
-STEM = ("conv1", "maxpool1", "lrn1", "conv2", "conv3", "lrn2", "maxpool2")
-BODY = (
+STEM: tuple[str, ...] = ("conv1", "maxpool1", "lrn1", "conv2", "conv3", "lrn2", "maxpool2")
+BODY: tuple[str, ...] = (
     *("inception3a", "inception3b", "maxpool3"),
     *("inception4a", "inception4b", "inception4c", "inception4d", "inception4e", "maxpool4"),
     *("inception5a", "inception5b"),

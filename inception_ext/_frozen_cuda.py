@@ -57,29 +57,34 @@ class FusedNetwork:
         self._fused = self._total = 0
         self._parts: list[_Segment | Callable[[Any], Tensor]] = []
         dtypes = (dtype, model_dtype)
-        modules = [getattr(model, name) for name in names if hasattr(model, name)]
-        self._add_all(modules, dtypes)
+        self._add_all({n: getattr(model, n) for n in names if hasattr(model, n)}, dtypes)
         if head:
             self._add_head(model, dtypes)
+        device = next(model.parameters()).device
+        if device.type == "cuda" and not _is_capturing(device):
+            # Later calls may be on other streams, and kernels fetch weights ahead of their turn.
+            torch.cuda.synchronize(device)
         self._lock = threading.Lock()
         self._streams: _Recent[_Stream] = _Recent(_MAX_STREAMS)
 
-    def _add_all(self, modules: list[nn.Module], dtypes: Any) -> None:
-        self._total = len(modules)
-        while modules:
+    def _add_all(self, children: dict[str, nn.Module], dtypes: Any) -> None:
+        names = list(children)
+        self._total = len(names)
+        while names:
             first = self.reads_images and not self._parts
-            counts = [count for count in (3, 2, 1) if count <= len(modules)]
-            steps = ((count, fused_step(modules[:count], first, self.dtype)) for count in counts)
-            count, step = next(((n, s) for n, s in steps if s is not None), (1, None))
-            if step is not None:
-                self._add(step)
-                self._fused += count
-            elif first:  # none of the steps reads images
+            for count in (3, 2, 1):
+                modules = [children[name] for name in names[:count]]
+                step = fused_step(modules, first, self.dtype) if len(modules) == count else None
+                if step is not None:
+                    self._add(" + ".join(names[:count]), step)
+                    self._fused += count
+                    break
+            if step is None and first:  # no kernel reads these images
                 self._parts.append(self._load)
                 continue
-            else:
+            if step is None:
                 self._parts.append(ModuleCall(modules[0], dtypes))
-            del modules[:count]
+            del names[:count]
 
     def _load(self, images: Images) -> Tensor:
         return images.to_nhwc(self.dtype)
@@ -90,7 +95,7 @@ class FusedNetwork:
         if pool is None:
             self._parts.append(ModuleCall(model.avgpool, dtypes))
         else:
-            self._add(pool)
+            self._add("avgpool", pool)
         dropout: Any = getattr(model, "dropout", None)
         calls_dropout = isinstance(dropout, nn.Module) and not is_plain(dropout, nn.Dropout)
         linear = classifier(model.fc, self.dtype)
@@ -103,16 +108,32 @@ class FusedNetwork:
             return
         if not isinstance(self._parts[-1], _Segment):
             self._parts.append(lambda x: x[:, :, None, None])
-        self._add(linear)
+        self._add("fc", linear)
 
-    def _add(self, step: Step) -> None:
+    def _add(self, name: str, step: Step) -> None:
         if not (self._parts and isinstance(self._parts[-1], _Segment)):
             self._parts.append(_Segment())
-        self._parts[-1].append(step)  # type: ignore[union-attr]
+        self._parts[-1].append((name, step))  # type: ignore[union-attr]
 
     def count_fused(self) -> tuple[int, int]:
         """How many of the modules before the head are fused, and of how many."""
         return self._fused, self._total
+
+    def name_launches(self, images: Images) -> list[str]:
+        """The modules that each launch stands for, in order; no module is called.
+
+        Raises:
+            ValueError: a module is not fused.
+        """
+        if len(self._parts) != 1 or not isinstance(self._parts[0], _Segment):
+            raise ValueError("a network with modules that no kernel stands for")
+        recorder = Recorder(images.pixels, self.dtype, Exact.by_torch(self.dtype), None)
+        x: Any = images._replace(pixels=images.pixels.to("meta"))
+        names: list[str] = []
+        for name, step in self._parts[0]:
+            x = step(recorder, x)
+            names += [name] * (len(recorder.launches) - len(names))
+        return names
 
     def __call__(self, images: Images | Tensor) -> Tensor:
         x: Any = images
@@ -145,7 +166,12 @@ class FusedNetwork:
 
 def _needs_tensors_of_its_own(x: Tensor) -> bool:
     """Whether somebody else records what runs: then memory and launches are theirs to plan."""
-    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return torch.compiler.is_compiling() or (x.is_cuda and _is_capturing(x.device))
+
+
+def _is_capturing(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _on_device(x: Tensor) -> Any:
@@ -156,11 +182,11 @@ def _stream_of(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
-class _Segment(list[Step]):
-    """Steps of which each reads what the one before wrote."""
+class _Segment(list[tuple[str, Step]]):
+    """Steps of which each reads what the one before wrote, with the names of their modules."""
 
     def run(self, launcher: Launcher, x: Any) -> Tensor:
-        for step in self:
+        for _, step in self:
             x = step(launcher, x)
         return x
 

@@ -57,7 +57,7 @@ def fused_step(modules: Sequence[nn.Module], first: bool, dtype: torch.dtype) ->
     if is_foldable(module) and _is_convolution(module.conv):
         return Convolution(_problem(module, dtype))
     if is_inception(module) and has_two_launches(module):
-        return fold_inception(module, dtype)
+        return fold_inception(module, dtype).run
     if is_plain(module, nn.MaxPool2d) and (pool := _max_pool(module)) is not None:
         return pool
     if is_plain(module, nn.LocalResponseNorm):

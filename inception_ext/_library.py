@@ -238,6 +238,7 @@ def _batch_norm_relu_backward_fake(
 
 
 def _inception_forward_fake(
+    recomputes: bool,
     x: Tensor,
     conv_weights: list[Tensor],
     weights: list[Tensor],
@@ -248,7 +249,9 @@ def _inception_forward_fake(
     momentum: float,
     eps: float,
     save: bool,
+    exact: bool = True,
 ) -> tuple[Tensor, ...]:
+    """``recomputes``: whether the kernels are CUDA's, which keep less for the backward."""
     n, c, h, w = x.shape
     k = [weight.shape[0] for weight in conv_weights]
     out = _nhwc(x, n, k[0] + k[2] + k[4] + k[5], h, w)
@@ -260,6 +263,8 @@ def _inception_forward_fake(
     saved = [
         _nhwc(x, n, size, h, w) for size in (k[0] + k[1] + k[3], k[2], k[4], k[5], k[1], k[3], c)
     ]
+    if recomputes:
+        saved[4:] = [x.new_empty(0) for _ in range(3)]
     argmax = _nhwc(x, n, c, h, w, dtype=torch.uint8)
     statistics = [x.new_empty(sum(k), dtype=torch.float32) for _ in range(2)]
     return out, *saved, argmax, *statistics
@@ -283,6 +288,7 @@ def _inception_backward_fake(
     rstd: Tensor,
     training: bool,
     needs: list[bool],
+    exact: bool = True,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     nothing = x.new_empty
     dx = _nhwc(x, *x.shape) if needs[0] else nothing(0)
@@ -293,6 +299,70 @@ def _inception_backward_fake(
     return (
         dx,
         conv_weight_grads,
+        [torch.empty_like(weight) for weight in weights],
+        [torch.empty_like(bias) for bias in biases],
+    )
+
+
+def _conv_chain_forward_fake(
+    x: Tensor,
+    conv_weights: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    running_means: list[Tensor],
+    running_vars: list[Tensor],
+    strides: list[int],
+    paddings: list[int],
+    pool: list[int],
+    training: bool,
+    momentum: float,
+    eps: float,
+    save: bool,
+    exact: bool = True,
+) -> tuple[Tensor, ...]:
+    n, _, h, w = x.shape
+    raw = []
+    for weight, stride, padding in zip(conv_weights, strides, paddings, strict=True):
+        h, w = (pool_size(size, weight.shape[2], stride, padding, False) for size in (h, w))
+        raw.append(_nhwc(x, n, weight.shape[0], h, w))
+    if pool:
+        kernel, stride, padding, ceil_mode = pool
+        h, w = (pool_size(size, kernel, stride, padding, bool(ceil_mode)) for size in (h, w))
+    y = _nhwc(x, n, conv_weights[-1].shape[0], h, w)
+    channels = sum(weight.shape[0] for weight in conv_weights)
+    statistics = [x.new_empty(channels if save else 0, dtype=torch.float32) for _ in range(2)]
+    saved = [x.new_empty(0), x.new_empty(0)]
+    argmax = x.new_empty(0, dtype=torch.uint8)
+    if save:
+        saved[: len(raw)] = raw
+        argmax = _nhwc(x, *y.shape, dtype=torch.uint8) if pool else argmax
+    return y, *saved, argmax, *statistics
+
+
+def _conv_chain_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    conv_weights: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    raw1: Tensor,
+    raw2: Tensor,
+    argmax: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    strides: list[int],
+    paddings: list[int],
+    pool: list[int],
+    training: bool,
+    needs: list[bool],
+    exact: bool = True,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    return (
+        _nhwc(x, *x.shape) if needs[0] else x.new_empty(0),
+        [
+            _in_layout_of(weight) if need else x.new_empty(0)
+            for weight, need in zip(conv_weights, needs[1:], strict=True)
+        ],
         [torch.empty_like(weight) for weight in weights],
         [torch.empty_like(bias) for bias in biases],
     )
@@ -343,6 +413,16 @@ def _stem_conv_conv_pool_flop(
     return 2 * n * h * w * (weight1[0] * c + weight2[0] * weight1[0] * 3 * 3)
 
 
+def _conv_wgrad_flop(grads: list[Any], x: Any, *rest: Any, **_: Any) -> int:
+    segments, outputs = rest[4], rest[7]
+    flops, first = 0, 0
+    for i, (n, k, p, q) in enumerate(grads):
+        _k, c, r, s = outputs[first]
+        flops += 2 * n * p * q * k * c * r * s
+        first += segments[i]
+    return flops
+
+
 def _inception_flop(x: Any, conv_weights: list[Any], *_: Any, **__: Any) -> int:
     """Two floating-point operations a multiply-accumulate; shapes, not tensors, come in."""
     n, _c, h, w = x
@@ -353,7 +433,7 @@ def _inception_backward_flop(
     grad: Any, x: Any, conv_weights: list[Any], *rest: Any, **_: Any
 ) -> int:
     n, _c, h, w = x
-    needs = rest[-1]
+    needs = rest[13]  # behind weights, biases, the eleven tensors of the forward, and training
     needs_input = (needs[0], needs[0], True, needs[0], True, needs[0])
     return sum(
         2 * n * h * w * k * c * r * s * (int(of_input) + int(of_weight))
@@ -363,18 +443,52 @@ def _inception_backward_flop(
     )
 
 
+def _chain_macs(
+    x: Any, conv_weights: Sequence[Any], strides: Sequence[int], paddings: Sequence[int]
+) -> list[int]:
+    """Multiply-accumulates of each convolution; shapes, not tensors, come in."""
+    n, _c, h, w = x
+    macs = []
+    for (k, c, r, s), stride, padding in zip(conv_weights, strides, paddings, strict=True):
+        h, w = ((size + 2 * padding - r) // stride + 1 for size in (h, w))
+        macs.append(n * h * w * k * c * r * s)
+    return macs
+
+
+def _conv_chain_flop(x: Any, conv_weights: list[Any], *rest: Any, **_: Any) -> int:
+    return 2 * sum(_chain_macs(x, conv_weights, rest[4], rest[5]))
+
+
+def _conv_chain_backward_flop(
+    grad: Any, x: Any, conv_weights: list[Any], *rest: Any, **_: Any
+) -> int:
+    strides, paddings, needs = rest[7], rest[8], rest[11]
+    macs = _chain_macs(x, conv_weights, strides, paddings)
+    of_input = [needs[0], *(True for _ in macs[1:])]
+    return 2 * sum(
+        count * (int(a) + int(b)) for count, a, b in zip(macs, of_input, needs[1:], strict=True)
+    )
+
+
 def register(namespace: str) -> None:
     """Tells torch the fake kernels and the flop formulas of one namespace of the ops."""
+
+    def inception_forward_fake(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        recomputes = namespace == "inception_ext_emulated" or x.device.type == "cuda"
+        return _inception_forward_fake(recomputes, x, *args, **kwargs)
+
     fakes: tuple[tuple[str, Callable[..., Any]], ...] = (
         ("max_pool_forward", _max_pool_forward_fake),
         ("max_pool_backward", _max_pool_backward_fake),
         ("batch_norm_relu_forward", _batch_norm_relu_forward_fake),
         ("batch_norm_relu_backward", _batch_norm_relu_backward_fake),
-        ("inception_forward", _inception_forward_fake),
+        ("inception_forward", inception_forward_fake),
         ("inception_backward", _inception_backward_fake),
+        ("conv_chain_forward", _conv_chain_forward_fake),
+        ("conv_chain_backward", _conv_chain_backward_fake),
         ("image_to_nhwc", _image_to_nhwc_fake),
         ("copy_channels", _copy_channels_fake),
-        *((name, _writes_only) for name in INFERENCE_OPS),
+        *((name, _writes_only) for name in (*INFERENCE_OPS, "conv_wgrad")),
     )
     for name, fake in fakes:
         torch.library.register_fake(f"{namespace}::{name}", fake)
@@ -382,7 +496,10 @@ def register(namespace: str) -> None:
     for name, formula in (
         ("inception_forward", _inception_flop),
         ("inception_backward", _inception_backward_flop),
+        ("conv_chain_forward", _conv_chain_flop),
+        ("conv_chain_backward", _conv_chain_backward_flop),
         ("conv_group", _conv_group_flop),
+        ("conv_wgrad", _conv_wgrad_flop),
         ("stem_conv_pool", _stem_conv_pool_flop),
         ("stem_conv_conv_pool", _stem_conv_conv_pool_flop),
     ):

@@ -179,8 +179,7 @@ class Classifier:
         return y[:, :, 0, 0]
 
 
-@dataclass(frozen=True)
-class FoldedInception:
+class FoldedInception(NamedTuple):
     """An Inception module for inference, in two launches.
 
     The fields are the arguments of :func:`inception_ext.reference.folded_inception` behind x.
@@ -191,7 +190,7 @@ class FoldedInception:
     widths: Sequence[int]
     branch3_kernel_size: int = 3
 
-    def __call__(self, launch: Launcher, x: Tensor) -> Tensor:
+    def run(self, launch: Launcher, x: Tensor) -> Tensor:
         n, _, h, w = x.shape
         k1, reduced_3x3, reduced_5x5 = self.widths
         k3, k5, projection = (weight.shape[0] for weight in self.weights[1:])

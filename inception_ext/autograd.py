@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inception_ext import _library, reference
 
-__all__ = ["BatchNormRelu", "Inception", "MaxPool"]
+__all__ = ["BatchNormRelu", "ConvChain", "Inception", "MaxPool"]
 
 
 def _needs_reference(grad: Tensor) -> bool:
@@ -112,7 +112,7 @@ class BatchNormRelu(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
-        y, mean, rstd = torch.ops.inception_ext.batch_norm_relu_forward(
+        y, mean, rstd = _library.ops(x).batch_norm_relu_forward(
             x, weight, bias, running_mean, running_var, training, momentum, eps
         )
         ctx.save_for_backward(x, weight, bias, mean, rstd)
@@ -132,7 +132,7 @@ class BatchNormRelu(torch.autograd.Function):
             gradients = _reference_gradients(function, grad, [x, weight, bias])
         else:
             gradients = list(
-                torch.ops.inception_ext.batch_norm_relu_backward(
+                _library.ops(grad).batch_norm_relu_backward(
                     grad, x, weight, bias, mean, rstd, ctx.training
                 )
             )
@@ -161,7 +161,8 @@ class Inception(torch.autograd.Function):
     """:func:`inception_ext.reference.inception`, one op forward and one backward.
 
     The six convolution weights, batch norm weights and batch norm biases come flat, in the order
-    of the reference, because autograd looks for tensors among the arguments only.
+    of the reference, because autograd looks for tensors among the arguments only. On CUDA the
+    convolution weights may be float32 where x has 16 bits: the op casts and packs them at once.
     """
 
     @staticmethod
@@ -170,13 +171,14 @@ class Inception(torch.autograd.Function):
         training: bool,
         momentum: float,
         eps: float,
+        exact: bool,
         running_means: list[Tensor],
         running_vars: list[Tensor],
         x: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
         conv_weights, weights, biases = parameters[:6], parameters[6:12], parameters[12:]
-        out, *saved = torch.ops.inception_ext.inception_forward(
+        out, *saved = _library.ops(x).inception_forward(
             x,
             conv_weights,
             weights,
@@ -187,8 +189,10 @@ class Inception(torch.autograd.Function):
             momentum,
             eps,
             True,
+            exact,
         )
         ctx.save_for_backward(x, *parameters, *saved)
+        ctx.exact = exact
         ctx.training = training
         ctx.eps = eps
         return out
@@ -198,25 +202,31 @@ class Inception(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         parameters, saved = tensors[:18], tensors[18:]
         conv_weights, weights, biases = parameters[:6], parameters[6:12], parameters[12:]
-        needs = list(ctx.needs_input_grad[5:])  # x, then the parameters
+        needs = list(ctx.needs_input_grad[6:])  # x, then the parameters
         gradients: list[Tensor | None]
         if _needs_reference(grad):
             mean, rstd = saved[-2:]
 
             def function(x: Tensor, *p: Tensor) -> Tensor:
-                lists = (p[:6], p[6:12], p[12:])
+                lists = ([weight.to(x.dtype) for weight in p[:6]], p[6:12], p[12:])
                 return _inception(x, *lists, mean, rstd, ctx.training, ctx.eps)
 
             gradients = _reference_gradients(function, grad, [x, *parameters])
         else:
-            dx, conv_weight_grads, weight_grads, bias_grads = (
-                torch.ops.inception_ext.inception_backward(
-                    grad, x, conv_weights, weights, biases, *saved, ctx.training, needs[:7]
-                )
+            dx, conv_weight_grads, weight_grads, bias_grads = _library.ops(x).inception_backward(
+                grad,
+                x,
+                conv_weights,
+                weights,
+                biases,
+                *saved,
+                ctx.training,
+                needs[:7],
+                ctx.exact,
             )
             gradients = [dx, *conv_weight_grads, *weight_grads, *bias_grads]
         return (
-            *(None,) * 5,
+            *(None,) * 6,
             *(g if need else None for g, need in zip(gradients, needs, strict=True)),
         )
 
@@ -256,3 +266,95 @@ def _inception(
         0.0,
         0.0,
     )
+
+
+class ConvChain(torch.autograd.Function):
+    """:func:`inception_ext.reference.conv_chain`, one op forward and one backward (CUDA).
+
+    Of one or two convolutions the weights, batch norm weights and batch norm biases, flat.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        strides: list[int],
+        paddings: list[int],
+        pool: list[int],
+        training: bool,
+        momentum: float,
+        eps: float,
+        exact: bool,
+        running_means: list[Tensor],
+        running_vars: list[Tensor],
+        x: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        lists = _thirds(parameters)
+        window = (strides, paddings, pool)
+        y, *saved = _library.ops(x).conv_chain_forward(
+            x, *lists, running_means, running_vars, *window, training, momentum, eps, True, exact
+        )
+        ctx.save_for_backward(x, *parameters, *saved)
+        ctx.window = window
+        ctx.settings = (training, eps, exact)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        parameters, saved = tensors[:-5], tensors[-5:]
+        training, eps, exact = ctx.settings
+        needs = list(ctx.needs_input_grad[9:])  # x, then the parameters
+        length = len(parameters) // 3
+        gradients: list[Tensor | None]
+        if _needs_reference(grad):
+            mean, rstd = saved[-2:]
+
+            def function(x: Tensor, *p: Tensor) -> Tensor:
+                window = ctx.window
+                return _conv_chain(x, _thirds(p), (mean, rstd), window, training, eps)
+
+            gradients = _reference_gradients(function, grad, [x, *parameters])
+        else:
+            dx, *lists = _library.ops(x).conv_chain_backward(
+                grad,
+                x,
+                *_thirds(parameters),
+                *saved,
+                *ctx.window,
+                training,
+                needs[: 1 + length],
+                exact,
+            )
+            gradients = [dx, *(gradient for gradients in lists for gradient in gradients)]
+        return (
+            *(None,) * 9,
+            *(g if need else None for g, need in zip(gradients, needs, strict=True)),
+        )
+
+
+def _thirds(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Convolution weights, batch norm weights, batch norm biases."""
+    n = len(parameters) // 3
+    return list(parameters[:n]), list(parameters[n : 2 * n]), list(parameters[2 * n :])
+
+
+def _conv_chain(
+    x: Tensor,
+    parameters: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
+    statistics: tuple[Tensor, Tensor],
+    window: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    training: bool,
+    eps: float,
+) -> Tensor:
+    """The reference with saved mean and rstd, see :func:`_batch_norm_relu`."""
+    conv_weights, weights, biases = parameters
+    filters = [weight.to(x.dtype) for weight in conv_weights]
+    lists = (filters, weights, biases)
+    if training:
+        nothing = [None] * len(filters)
+        return reference.conv_chain(x, *lists, nothing, nothing, *window, True, 0.0, eps)
+    sizes, dtype = [weight.shape[0] for weight in filters], weights[0].dtype
+    means = [part.to(dtype) for part in statistics[0].split(sizes)]
+    variances = [part.to(dtype) for part in (statistics[1] ** -2).split(sizes)]
+    return reference.conv_chain(x, *lists, means, variances, *window, False, 0.0, 0.0)

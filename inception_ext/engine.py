@@ -13,14 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from inception_ext import _library, functional
+from inception_ext._compiled import call_engine, number
+from inception_ext._fold import is_inception
 from inception_ext._frozen import BODY, STEM, Frozen
 from inception_ext._frozen_cpu import FrozenCpu
 from inception_ext._frozen_cuda import FusedNetwork
+from inception_ext._fuse import fold_inception as fold
+from inception_ext._fuse import has_two_launches
 from inception_ext._images import Images, check_images
 from inception_ext._profiling import region
+from inception_ext._steps import FoldedInception
 from inception_ext._watch import Watch
 
-__all__ = ["Engine", "freeze"]
+__all__ = ["Engine", "fold_inception", "freeze"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -41,7 +46,13 @@ def freeze(
     The model stays as it is and remains the owner of the weights: when a parameter, a statistic or
     a submodule changes (training, ``load_state_dict``, ``.to()``, a new ``fc``), the next call
     folds and packs them anew. What torch keeps no count of it cannot notice: after
-    ``p.data.mul_(2)``, or writes from another process, call :meth:`Engine.refresh`.
+    ``p.data.mul_(2)``, or writes from another process, call :meth:`Engine.refresh`. A call within
+    ``torch.compile`` is one op that notices as much; an engine that went through ``torch.export``
+    has the weights of that time.
+
+    On CUDA the network is planned once for each shape of the images, and kept as a CUDA graph.
+    float32 is multiplied as TF32 where torch's own convolutions (``torch.backends.cudnn``) and, for
+    the classifier, matrix products (``torch.backends.cuda.matmul``) may be.
 
     Args:
         model: :class:`inception_ext.GoogLeNet`, torchvision's, or a network with their children.
@@ -66,6 +77,30 @@ def freeze(
     from inception_ext.early_exit import EarlyExitEngine
 
     return EarlyExitEngine(model, dtype, mean, std, early_exit)
+
+
+def fold_inception(block: nn.Module, dtype: torch.dtype | None = None) -> FoldedInception:
+    """An Inception module of any widths, folded and packed: for inference outside a GoogLeNet.
+
+    ::
+
+        folded = fold_inception(block, torch.float16)
+        y = inception_ext.functional.folded_inception(x, *folded)
+
+    Args:
+        block: :class:`inception_ext.Inception` or torchvision's; later changes go unnoticed.
+        dtype: of the weights, and of x; default: that of the block.
+
+    Raises:
+        TypeError: a module that computes anything else, or has hooks.
+    """
+    if not (is_inception(block) and has_two_launches(block)):
+        raise TypeError(
+            f"fold_inception: block: expected an Inception without hooks, got a "
+            f"{type(block).__name__} that computes something else"
+        )
+    with torch.no_grad():
+        return fold(block, dtype or next(block.parameters()).dtype)
 
 
 class Engine:
@@ -100,6 +135,7 @@ class Engine:
         self.model = model
         self._asked_dtype = dtype
         self._mean, self._std = tuple(mean), tuple(std)
+        self._number = number(self)
         self._watch: Watch | None = None
         self._networks: dict[Any, Any]
         self.refresh()
@@ -148,7 +184,12 @@ class Engine:
                 another device than the model's.
         """
         assert self._watch is not None
-        if not torch.compiler.is_compiling() and self._watch.changed():
+        if torch.compiler.is_compiling():
+            fc = self.model.fc
+            if not torch.compiler.is_exporting() and type(fc) is nn.Linear:
+                dtype = self._asked_dtype or fc.weight.dtype
+                return call_engine(images, self._number, fc.out_features, dtype)
+        elif self._watch.changed():
             self.refresh()
         # Autocast is for models that leave their dtypes open.
         autocast = torch.autocast(self.device.type, enabled=False)
@@ -156,6 +197,20 @@ class Engine:
             given = self._images(images)
             network = self._network_for(given.pixels)
             return network(given if network.reads_images else self._to_nhwc(given))
+
+    def name_launches(self, shape: Sequence[int]) -> list[str]:
+        """The modules that each kernel launch of a call stands for, in order.
+
+        Args:
+            shape: ``[N, 3, H, W]``, of the images.
+
+        Raises:
+            ValueError: the engine does not run on CUDA kernels alone.
+        """
+        if not isinstance(self._network, FusedNetwork):
+            raise ValueError("name_launches: expected an engine on CUDA, got one on the CPU")
+        pixels = torch.empty(tuple(shape), device=self.device)
+        return self._network.name_launches(Images(pixels, *self._affine(False)))
 
     def _images(self, images: Tensor) -> Images:
         pixels = check_images(images, self.device)

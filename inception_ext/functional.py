@@ -16,8 +16,18 @@ from torch.autograd.graph import increment_version
 from torch.nn.modules.module import _has_any_global_hook
 
 from inception_ext import _library, autograd, reference
+from inception_ext._launches import Exact, Launcher
+from inception_ext._steps import FoldedInception
 
-__all__ = ["batch_norm_relu", "inception", "max_pool", "use_kernels", "why_reference"]
+__all__ = [
+    "batch_norm_relu",
+    "conv_chain",
+    "folded_inception",
+    "inception",
+    "max_pool",
+    "use_kernels",
+    "why_reference",
+]
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -101,6 +111,23 @@ def why_inference_reference(x: Tensor, dtype: torch.dtype) -> str | None:
     return _why_not_on(x.device) if x.is_cuda else None
 
 
+def why_no_kernel(x: Tensor) -> str | None:
+    """As :func:`why_reference`, for the ops that have kernels for the CPU and for CUDA."""
+    reason = why_reference(x)
+    if reason != "no kernel for device cuda":
+        return reason
+    if x.dtype not in _CUDA_DTYPES:
+        return f"no kernel for dtype {x.dtype} on cuda"
+    if x.layout != torch.strided:
+        return f"no kernel for layout {x.layout}"
+    return _why_not_on(x.device) if x.is_cuda else None
+
+
+def runs_on_cpu(x: Tensor) -> bool:
+    """Whether the kernels that serve x are those of the CPU."""
+    return _library.device_type(x) == "cpu"
+
+
 @torch.compiler.assume_constant_result  # while tracing; torch.compile guards the stack itself
 def _in_functorch() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -176,16 +203,11 @@ def why_pool_reference(
     kernel, step = _pair(kernel_size), _pair(stride)
     if kernel is None or step is None:
         return "a window that is not two integers"
-    reason = why_reference(x)
-    if reason == "no kernel for device cuda":
-        if x.dtype not in _CUDA_DTYPES:
-            return f"no kernel for dtype {x.dtype} on cuda"
-        if x.is_cuda and (reason := _why_not_on(x.device)) is not None:
-            return reason
-        if not (set(kernel) <= {2, 3} and set(step) <= {1, 2}):
-            return "no CUDA kernel for this window"
-    elif reason is not None:
+    if (reason := why_no_kernel(x)) is not None:
         return reason
+    on_cuda = _library.device_type(x) == "cuda"
+    if on_cuda and not (set(kernel) <= {2, 3} and set(step) <= {1, 2}):
+        return "no CUDA kernel for this window"
     if min(kernel) < 1 or kernel[0] * kernel[1] > 255:
         return "window of more than 255 elements"
     if x.shape[2] < kernel[0] or x.shape[3] < kernel[1]:
@@ -210,12 +232,12 @@ def batch_norm_relu(
 ) -> Tensor:
     """:func:`inception_ext.reference.batch_norm_relu` in two passes over x, one in evaluation.
 
-    float32 and bfloat16 on the CPU, with affine parameters and running statistics; the reference
-    elsewhere.
+    float16, bfloat16 and float32 on CUDA, float32 and bfloat16 on the CPU, with affine parameters
+    and running statistics; the reference elsewhere.
     """
     tensors = (weight, bias, running_mean, running_var)
     if (
-        why_reference(x) is not None
+        why_no_kernel(x) is not None
         or not _has_batch(x, training)
         or not _vectors_fit(x, tensors, [x.shape[1]])
     ):
@@ -227,7 +249,7 @@ def batch_norm_relu(
             x, weight, bias, running_mean, running_var, training, momentum, eps
         )
     else:
-        y = torch.ops.inception_ext.batch_norm_relu_forward(
+        y = _library.ops(x).batch_norm_relu_forward(
             x, weight, bias, running_mean, running_var, training, momentum, eps
         )[0]
     if training:
@@ -271,14 +293,16 @@ def inception(
 ) -> Tensor:
     """:func:`inception_ext.reference.inception` as one op forward and one backward.
 
-    float32 and bfloat16 on the CPU; the reference elsewhere. Follows autocast to bfloat16.
+    float32 and bfloat16 on the CPU; float16, bfloat16 and float32 on CUDA; the reference elsewhere.
+    Follows autocast.
     """
     vectors = (weights, biases, running_means, running_vars)
     for name, tensors in zip(_INCEPTION_LISTS, (conv_weights, *vectors), strict=True):
         if len(tensors) != 6:
             raise ValueError(f"inception: {name}: expected 6 tensors, got {len(tensors)}")
-    if why_reference(x) is None and _has_batch(x, training):
+    if why_no_kernel(x) is None and _has_batch(x, training):
         kernels = _autocast(x, conv_weights)
+        exact = Exact.by_torch(x.dtype).convolutions
         if _convolutions_fit(x, kernels) and _vectors_fit(
             x, [v for tensors in vectors for v in tensors], [k.shape[0] for k in kernels]
         ):
@@ -287,6 +311,7 @@ def inception(
                     training,
                     momentum,
                     eps,
+                    exact,
                     list(running_means),
                     list(running_vars),
                     x,
@@ -295,8 +320,8 @@ def inception(
                     *biases,
                 )
             else:
-                out = torch.ops.inception_ext.inception_forward(
-                    x, kernels, *vectors, training, momentum, eps, False
+                out = _library.ops(x).inception_forward(
+                    x, kernels, *vectors, training, momentum, eps, False, exact
                 )[0]
             if training:
                 _note_update(*running_means, *running_vars)
@@ -304,17 +329,144 @@ def inception(
     return reference.inception(x, conv_weights, *vectors, training, momentum, eps)
 
 
+def conv_chain(
+    x: Tensor,
+    conv_weights: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    running_means: Sequence[Tensor | None],
+    running_vars: Sequence[Tensor | None],
+    strides: Sequence[int],
+    paddings: Sequence[int],
+    pool: Sequence[int],
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """:func:`inception_ext.reference.conv_chain` as one op forward and one backward.
+
+    One or two convolutions in float16, bfloat16 or float32 on CUDA, of which the first has stride 1
+    or an input that needs no gradient; the reference elsewhere. Follows autocast.
+    """
+    vectors = (weights, biases, running_means, running_vars)
+    window = (list(strides), list(paddings), list(pool))
+    for name, tensors in zip(_INCEPTION_LISTS, (conv_weights, *vectors), strict=True):
+        if len(tensors) != len(strides):
+            raise ValueError(
+                f"conv_chain: {name}: expected {len(strides)} tensors, got {len(tensors)}"
+            )
+    if why_no_chain_kernel(x, conv_weights, *window, training) is None:
+        kernels = _autocast(x, conv_weights)
+        exact = Exact.by_torch(x.dtype).convolutions
+        if _chain_fits(x, kernels) and _vectors_fit(
+            x, [v for tensors in vectors for v in tensors], [k.shape[0] for k in kernels]
+        ):
+            if _needs_grad(x, *kernels, *weights, *biases):
+                lists = (list(running_means), list(running_vars))
+                y = autograd.ConvChain.apply(
+                    *window,
+                    training,
+                    momentum,
+                    eps,
+                    exact,
+                    *lists,
+                    x,
+                    *kernels,
+                    *weights,
+                    *biases,
+                )
+            else:
+                y = _library.ops(x).conv_chain_forward(
+                    x, kernels, *vectors, *window, training, momentum, eps, False, exact
+                )[0]
+            if training:
+                _note_update(*running_means, *running_vars)
+            return y
+    return reference.conv_chain(x, conv_weights, *vectors, *window, training, momentum, eps)
+
+
+def why_no_chain_kernel(
+    x: Tensor,
+    conv_weights: Sequence[Tensor],
+    strides: Sequence[int],
+    paddings: Sequence[int],
+    pool: Sequence[int],
+    training: bool,
+) -> str | None:
+    """Why :func:`conv_chain` takes the reference for these sizes, or None."""
+    if (reason := why_no_kernel(x)) is not None:
+        return reason
+    if runs_on_cpu(x):
+        return "no kernel for a chain of convolutions on cpu"
+    if not 1 <= len(conv_weights) <= 2:
+        return f"a chain of {len(conv_weights)} convolutions"
+    if strides[0] != 1 and _needs_grad(x):
+        return "a convolution with stride whose input needs a gradient"
+    if pool and not (pool[0] in (2, 3) and pool[1] in (1, 2) and 2 * pool[2] <= pool[0]):
+        return "no CUDA kernel for this pool"
+    size = [x.shape[2], x.shape[3]]
+    if 0 in x.shape[1:]:
+        return "an empty image"
+    for i, weight in enumerate(conv_weights):
+        if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or 0 in weight.shape:
+            return "a filter that is not square"
+        kernel, stride, padding = weight.shape[2], strides[i], paddings[i]
+        if not (0 <= padding < kernel <= 127 and 1 <= stride <= 127):
+            return "no kernel for this convolution"
+        if i > 0 and stride != 1:
+            return "a second convolution with stride"
+        size = [(s + 2 * padding - kernel) // stride + 1 for s in size]
+        if min(size) < 1 or (training and x.shape[0] * size[0] * size[1] == 1):
+            return "an output too small"  # the reference words the error
+    if pool and min(size) < pool[0]:
+        return "an output too small to pool"
+    return None
+
+
+def _chain_fits(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether the convolutions' weights go with x and with one another."""
+    dtype = weights[0].dtype
+    if dtype != x.dtype and not (dtype == torch.float32 and _casts_weights(x)):
+        return False
+    inputs = [x.shape[1], *(weight.shape[0] for weight in weights)]
+    return all(
+        type(weight) in _PLAIN_TYPES
+        and weight.dtype == dtype
+        and weight.device == x.device
+        and weight.shape[1] == channels
+        for weight, channels in zip(weights, inputs, strict=False)
+    )
+
+
 _INCEPTION_LISTS = ("conv_weights", "weights", "biases", "running_means", "running_vars")
 
 
 def _autocast(x: Tensor, conv_weights: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Weights as autocast would cast a convolution's; then x has to have its dtype already."""
-    if not torch.is_autocast_enabled("cpu"):
+    """Weights as autocast would cast a convolution's; then x has to have its dtype already.
+
+    On CUDA, float32 weights stay as they are where x has autocast's dtype: the op casts them.
+    """
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
         return conv_weights
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(device)
+    if _casts_weights(x):
+        return [
+            w if w.dtype in (torch.float32, torch.float64) else w.to(dtype) for w in conv_weights
+        ]
     # x itself stays as it is: where autocast would cast it, the pool would come before the cast.
     # float64 is not for autocast to change.
     return [w if w.dtype == torch.float64 else w.to(dtype) for w in conv_weights]
+
+
+def _casts_weights(x: Tensor) -> bool:
+    """Whether the inception op takes float32 weights for x, because autocast would cast them."""
+    device = x.device.type
+    return (
+        _library.device_type(x) == "cuda"
+        and torch.is_autocast_enabled(device)
+        and x.dtype == torch.get_autocast_dtype(device)
+    )
 
 
 def _convolutions_fit(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -326,10 +478,56 @@ def _convolutions_fit(x: Tensor, weights: Sequence[Tensor]) -> bool:
     sizes = [weight.shape for weight in weights]
     inputs = (x.shape[1], x.shape[1], sizes[1][0], x.shape[1], sizes[3][0], x.shape[1])
     kernels = (1, 1, 3, 1, 5 if sizes[4][-1] == 5 else 3, 1)
+    dtype = weights[0].dtype
+    if dtype != x.dtype and not (dtype == torch.float32 and _casts_weights(x)):
+        return False
     return all(
         type(weight) in _PLAIN_TYPES
-        and weight.dtype == x.dtype
+        and weight.dtype == dtype
         and weight.device == x.device
         and size[1:] == (c, r, r)
         for weight, size, c, r in zip(weights, sizes, inputs, kernels, strict=True)
+    )
+
+
+def folded_inception(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    widths: Sequence[int],
+    branch3_kernel_size: int = 3,
+) -> Tensor:
+    """:func:`inception_ext.reference.folded_inception` in two launches, for inference.
+
+    :func:`inception_ext.engine.fold_inception` makes the arguments of a module. float16, bfloat16
+    and float32 on CUDA; the reference elsewhere, and where a gradient is asked for. float32 is
+    multiplied as TF32 where ``torch.backends.cudnn.conv.fp32_precision`` says so.
+    """
+    folded = FoldedInception(weights, biases, widths, branch3_kernel_size)
+    if (
+        why_inference_reference(x, x.dtype) is not None
+        or type(x) not in _PLAIN_TYPES
+        or _needs_grad(x, *weights, *biases)
+        or not _folded_fits(x, folded)
+    ):
+        return reference.folded_inception(x, weights, biases, widths, branch3_kernel_size)
+    with torch.no_grad():
+        return folded.run(Launcher(x, x.dtype, Exact.by_torch(x.dtype)), x)
+
+
+def _folded_fits(x: Tensor, folded: FoldedInception) -> bool:
+    """Whether the parameters of a folded module go with x and with one another."""
+    widths, r = list(folded.widths), folded.branch3_kernel_size
+    if x.dim() != 4 or len(widths) != 3 or len(folded.weights) != 4 or len(folded.biases) != 4:
+        return False
+    if min(widths) < 1 or 0 in x.shape[1:] or r not in (1, 3, 5, 7):
+        return False
+    rows = (x.shape[1], 9 * widths[1], r * r * widths[2], x.shape[1])
+    return folded.weights[0].shape[:1] == (sum(widths),) and all(
+        weight.dim() == 2
+        and (weight.dtype, weight.device) == (x.dtype, x.device)
+        and weight.shape[1] == -(-row // 8) * 8
+        and (bias.dtype, bias.device) == (torch.float32, x.device)
+        and bias.shape == weight.shape[:1]
+        for weight, bias, row in zip(folded.weights, folded.biases, rows, strict=True)
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from inception_ext._checkpoint import load_strict, read_state_dict
 from inception_ext._legacy import legacy_weights_interface
-from inception_ext.modules import BasicConv2d, Inception, InceptionAux, max_pool
+from inception_ext.modules import BasicConv2d, Inception, InceptionAux, conv_chain, max_pool
 from inception_ext.weights import GoogLeNet_Weights, is_checkpoint_path
 
 __all__ = ["GoogLeNet", "GoogLeNetOutputs", "GoogLeNet_Weights", "googlenet"]
@@ -150,11 +150,12 @@ class GoogLeNet(nn.Module):
     # The trunk in three parts; the auxiliary classifiers read what lies between them.
 
     def _to_4a(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)  # [N, 64, 112, 112] for 224 x 224 images
-        x = self.maxpool1(x) if torch.jit.is_scripting() else max_pool(self.maxpool1, x)
-        x = self.conv2(x)
-        x = self.conv3(x)  # [N, 192, 56, 56]
-        x = self.maxpool2(x) if torch.jit.is_scripting() else max_pool(self.maxpool2, x)
+        if torch.jit.is_scripting():
+            x = self.maxpool1(self.conv1(x))
+            x = self.maxpool2(self.conv3(self.conv2(x)))
+        else:
+            x = conv_chain([self.conv1], self.maxpool1, x)  # [N, 64, 56, 56] for 224 x 224 images
+            x = conv_chain([self.conv2, self.conv3], self.maxpool2, x)  # [N, 192, 28, 28]
         x = self.inception3a(x)  # [N, 256, 28, 28]
         x = self.inception3b(x)  # [N, 480, 28, 28]
         x = self.maxpool3(x) if torch.jit.is_scripting() else max_pool(self.maxpool3, x)

@@ -8,7 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inception_ext import functional, reference
-from inception_ext.functional import why_hooked, why_module_reference, why_reference
+from inception_ext.functional import (
+    why_hooked,
+    why_module_reference,
+    why_no_kernel,
+)
 
 __all__ = ["BasicConv2d", "Inception", "InceptionAux"]
 
@@ -31,15 +35,104 @@ class BasicConv2d(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
         if torch.jit.is_scripting():
-            return F.relu(self.bn(x))
+            return F.relu(self.bn(self.conv(x)))
         else:  # the compiler of TorchScript leaves this branch alone
-            return _batch_norm_relu(self.bn, x)
+            return _basic_conv2d(self, x)
+
+
+def _basic_conv2d(block: BasicConv2d, x: Tensor) -> Tensor:
+    settings = _chain_settings([block], None, x)
+    if settings is not None:
+        return functional.conv_chain(x, *settings)
+    return _batch_norm_relu(block.bn, block.conv(x))
+
+
+def conv_chain(blocks: list[Any], pool: Any, x: Tensor) -> Tensor:
+    """Calls one or two convolution blocks and then a pool, as one op where it can stand in."""
+    if all(_why_conv_block_reference(block) is None for block in blocks):
+        settings = _chain_settings(blocks, pool, x)
+        if settings is not None:
+            return functional.conv_chain(x, *settings)
+    for block in blocks:
+        x = block(x)
+    return max_pool(pool, x)
+
+
+def _chain_settings(blocks: list[Any], pool: Any, x: Tensor) -> tuple[Any, ...] | None:
+    """What :func:`inception_ext.functional.conv_chain` takes behind x, or None where it cannot run.
+
+    Counts the batch where it can.
+    """
+    if why_no_kernel(x) is not None or functional.runs_on_cpu(x):
+        return None
+    window: tuple[list[int], list[int], list[int]] = ([], [], [])
+    for block in blocks:
+        conv, bn = block.conv, block.bn
+        if (
+            why_module_reference(conv, nn.Conv2d) is not None
+            or not _has_square_window(conv)
+            or _why_batch_norm_reference(bn) is not None
+            or (bn.training, bn.momentum, bn.eps)
+            != (blocks[0].bn.training, blocks[0].bn.momentum, blocks[0].bn.eps)
+        ):
+            return None
+        window[0].append(conv.stride[0])
+        window[1].append(conv.padding[0])
+    if pool is not None:
+        sizes = (pool.kernel_size, pool.stride, pool.padding)
+        if (
+            why_module_reference(pool, nn.MaxPool2d) is not None
+            or not all(isinstance(size, int) for size in sizes)
+            or pool.dilation != 1
+            or pool.return_indices
+        ):
+            return None
+        window[2].extend((*sizes, int(pool.ceil_mode)))
+    bns = [block.bn for block in blocks]
+    conv_weights = [block.conv.weight for block in blocks]
+    training = bns[0].training
+    if functional.why_no_chain_kernel(x, conv_weights, *window, training) is not None:
+        return None
+    if training:
+        torch._foreach_add_([bn.num_batches_tracked for bn in bns], 1)
+    return (
+        conv_weights,
+        [bn.weight for bn in bns],
+        [bn.bias for bn in bns],
+        [bn.running_mean for bn in bns],
+        [bn.running_var for bn in bns],
+        *window,
+        training,
+        bns[0].momentum,
+        bns[0].eps,
+    )
+
+
+def _why_conv_block_reference(block: Any) -> str | None:
+    """Why calling a convolution block does more than its class's ``forward``, or None."""
+    # Subclasses that keep forward(), such as those of accelerate(), are the same.
+    if getattr(type(block), "forward", None) is not BasicConv2d.forward:
+        return f"{type(block).__name__} in place of BasicConv2d"
+    return why_hooked(block)
+
+
+def _has_square_window(conv: Any) -> bool:
+    """Whether all that matters of a convolution is its weight, one stride and one padding."""
+    return (
+        conv.bias is None
+        and conv.kernel_size[0] == conv.kernel_size[1]
+        and conv.stride[0] == conv.stride[1]
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and conv.padding[0] == conv.padding[1]
+    )
 
 
 def _batch_norm_relu(bn: Any, x: Tensor) -> Tensor:
-    if why_reference(x) is not None or _why_batch_norm_reference(bn) is not None:
+    if why_no_kernel(x) is not None or _why_batch_norm_reference(bn) is not None:
         return F.relu(bn(x))  # not in place: backward hooks on bn forbid it, forward hooks keep x
     if bn.training:
         bn.num_batches_tracked.add_(1)
@@ -154,7 +247,7 @@ class Inception(nn.Module):
 
 
 def _inception(block: Inception, x: Tensor) -> Tensor:
-    if why_reference(x) is not None or why_block_reference(block) is not None:
+    if why_no_kernel(x) is not None or why_block_reference(block) is not None:
         return torch.cat(block._forward(x), 1)
     blocks = _conv_blocks(block)
     bns = [conv_block.bn for conv_block in blocks]
@@ -198,10 +291,7 @@ def why_block_reference(block: Inception) -> str | None:
     first = None
     bns = set()
     for conv_block in _conv_blocks(block):
-        # Subclasses that keep forward(), such as those of accelerate(), are the same.
-        if getattr(type(conv_block), "forward", None) is not BasicConv2d.forward:
-            return f"{type(conv_block).__name__} in place of BasicConv2d"
-        if (reason := why_hooked(conv_block)) is not None:
+        if (reason := _why_conv_block_reference(conv_block)) is not None:
             return reason
         conv, bn = conv_block.conv, conv_block.bn
         if (reason := why_module_reference(conv, nn.Conv2d)) is not None:

@@ -10,12 +10,16 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 __all__ = [
     "aux_pool",
     "batch_norm_relu",
     "conv_bn_relu",
+    "conv_chain",
     "conv_group",
+    "conv_wgrad",
+    "folded_inception",
     "global_avg_pool",
     "inception",
     "lrn",
@@ -90,6 +94,39 @@ def conv_bn_relu(
     """:func:`batch_norm_relu` of a convolution with ``conv_weight`` ``[K, C, R, S]``, no bias."""
     y = F.conv2d(x, conv_weight, None, stride, padding)
     return batch_norm_relu(y, weight, bias, running_mean, running_var, training, momentum, eps)
+
+
+def conv_chain(
+    x: Tensor,
+    conv_weights: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    running_means: Sequence[Tensor | None],
+    running_vars: Sequence[Tensor | None],
+    strides: Sequence[int],
+    paddings: Sequence[int],
+    pool: Sequence[int],
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """:func:`conv_bn_relu` once or more, then :func:`max_pool`.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        conv_weights: ``[K, C, R, R]`` of the first convolution, and so on.
+        weights, biases, running_means, running_vars: of each batch norm, ``[K]``.
+        strides, paddings: of each convolution.
+        pool: kernel size, stride, padding, ceil mode (0 or 1); empty: none.
+        training, momentum, eps: as in :func:`batch_norm_relu`.
+    """
+    for i, conv_weight in enumerate(conv_weights):
+        norm = (weights[i], biases[i], running_means[i], running_vars[i])
+        x = conv_bn_relu(x, conv_weight, *norm, training, momentum, eps, strides[i], paddings[i])
+    if not pool:
+        return x
+    kernel_size, stride, padding, ceil_mode = pool
+    return max_pool(x, kernel_size, stride, padding, bool(ceil_mode))
 
 
 def inception(
@@ -246,6 +283,79 @@ def conv_group(
             parts, (F.relu(y) if relus[i] else y).split(widths, 1), strict=True
         ):
             part.copy_(values)
+
+
+def conv_wgrad(
+    grads: Sequence[Tensor],
+    x: Sequence[Tensor],
+    batch_norms: Sequence[Tensor],
+    strides: Sequence[int],
+    paddings: Sequence[int],
+    pools: Sequence[bool],
+    segments: Sequence[int],
+    exact: bool,
+    workspace: Tensor | None,
+    outputs: Sequence[Tensor],
+) -> None:
+    """Gradients of the weights of convolutions, several at once, each into one to three outputs.
+
+    Args:
+        grads: gradients of the convolutions' outputs, of problem i ``[N, K, P, Q]``.
+        x: what they read, ``[N, C, H, W]``.
+        batch_norms: ``[4, C]``, float32: mean, 1 / standard deviation, weight and bias of a batch
+            norm + ReLU between x and the convolution; ``[0]``: there is none.
+        strides, paddings: ``(h, w)`` of problem 0, ``(h, w)`` of problem 1, ...
+        pools: where True, x is max pooled first: 3x3, stride 1, padding 1.
+        segments: how many of ``outputs``, in turn, share the K filters of problem i.
+        exact: float32 is multiplied as float32; otherwise a kernel may round factors to TF32.
+        workspace: memory for kernels; not used here.
+        outputs: ``[K_j, C, R, S]``, in the dtype of x or float32, written to.
+    """
+    remaining = list(outputs)
+    for i in range(len(x)):
+        read = max_pool(x[i], 3, 1, 1) if pools[i] else x[i]
+        dtype = torch.promote_types(read.dtype, torch.float32)
+        if batch_norms[i].numel():
+            mean, rstd, weight, bias = (v.view(1, -1, 1, 1) for v in batch_norms[i].to(dtype))
+            read = F.relu((read.to(dtype) - mean) * (weight * rstd) + bias).to(read.dtype)
+        parts, remaining = remaining[: segments[i]], remaining[segments[i] :]
+        filters = [part.shape[0] for part in parts]
+        shape = (sum(filters), *parts[0].shape[1:])
+        stride, padding = strides[2 * i : 2 * i + 2], paddings[2 * i : 2 * i + 2]
+        dw = conv2d_weight(read.to(dtype), shape, grads[i].to(dtype), tuple(stride), tuple(padding))
+        for part, values in zip(parts, dw.split(filters), strict=True):
+            part.copy_(values)
+
+
+def folded_inception(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    widths: Sequence[int],
+    branch3_kernel_size: int = 3,
+) -> Tensor:
+    """:func:`inception` in evaluation mode, with the batch norms folded into the convolutions.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        weights: packed (:func:`pack_weight`), in the dtype of x: the three convolutions 1x1 that
+            read x as one of ``sum(widths)`` channels, the 3x3, the 5x5, and the one of the pool.
+        biases: of these, ``[K]`` each, float32.
+        widths: channels that go to the output, to the 3x3 convolution and to the 5x5 one.
+        branch3_kernel_size: of the "5x5" convolution.
+
+    Returns:
+        ``[N, widths[0] + K_3x3 + K_5x5 + K_pool, H, W]``.
+    """
+
+    def conv(i: int, y: Tensor, size: int = 1) -> Tensor:
+        padding = (size // 2, size // 2)
+        z = _conv(y, weights[i], biases[i], (size, size), padding=padding)
+        return F.relu(z).to(x.dtype)
+
+    y1, y3, y5 = conv(0, x).split(list(widths), 1)
+    pooled = conv(3, max_pool(x, 3, 1, 1))
+    return torch.cat([y1, conv(1, y3, 3), conv(2, y5, branch3_kernel_size), pooled], 1)
 
 
 def stem_conv_pool(

@@ -1,7 +1,7 @@
 """Where the tests of CUDA kernels run: on the emulator, and on a GPU where there is one."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -42,6 +42,23 @@ def kernels_on(device: str, **settings: Any) -> Iterator[list[dict[str, Any]]]:
             yield launches
     else:
         yield []
+
+
+@contextmanager
+def fp32_precision(precision: str) -> Iterator[None]:
+    """torch's setting for float32 convolutions on CUDA: "ieee" or "tf32"."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    conv.fp32_precision = precision
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
+
+
+def exact_products() -> AbstractContextManager[None]:
+    """Within it, float32 is multiplied as such."""
+    return fp32_precision("ieee")
 
 
 def arranged(x: Tensor, arrangement: str, device: str = "cpu") -> Tensor:

@@ -226,15 +226,23 @@ def test_bytes_of_an_inception_module():
 @each_math
 def test_splitting_k_issues_no_more_products(math):
     dtype, exact = MATH[math]
-    conv = Conv(832, 40, 3, 5)
+    conv = Conv(1664, 40, 3, 5)
     tensors = [operands(conv, dtype)]
-    macs = []
-    for workspace in (None, workspace_of("emulator")):
-        with kernels_on("emulator") as launches:
-            run([conv], tensors, "emulator", exact, workspace)
-        macs.append(launches[0]["issued_macs"])
-        assert launches[0]["bank_conflicts"] == 0, launches[0]["conflict_places"]
-    assert macs[0] == macs[1]
+    whole, split = (
+        counted(lambda memory=memory: run([conv], tensors, "emulator", exact, memory))
+        for memory in (None, workspace_of("emulator"))
+    )
+    assert whole["grid"] == (1, 1, 1) and split["grid"][0] > 1
+    assert whole["issued_macs"] == split["issued_macs"]
+    assert split["bank_conflicts"] == 0, split["conflict_places"]
+
+
+def counted(call: Callable[[], Any]) -> dict[str, Any]:
+    """The one launch of a call."""
+    with kernels_on("emulator") as launches:
+        call()
+    (launch,) = launches
+    return launch
 
 
 # Errors

@@ -1,10 +1,12 @@
 """Ops, autograd functions and whole networks on emulated CUDA kernels: inception_ext.testing."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from closeness import assert_network_as_good_as_eager
+from kernel_devices import exact_products
 from max_pool_cases import (
     DTYPES,
     Pool,
@@ -166,20 +168,31 @@ def training_step(model: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 @needs_emulator
 def test_googlenet_training_step(make_pair):
-    """Forward and backward of the whole network; the pools are what has CUDA kernels."""
+    """Forward and backward of the whole network, both auxiliary heads included."""
     ours, eager = make_pair()
     reference = copy.deepcopy(eager).double()
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
-    with emulated() as launches:
+    with exact_products(), emulated() as launches:
         results = training_step(ours, x)
     expected = training_step(eager, x), training_step(reference, x.double())
     assert_network_as_good_as_eager(results, *expected)
 
-    forward = [launch for launch in launches if launch["op"] == "max_pool_forward"]
-    backward = [launch for launch in launches if launch["op"] == "max_pool_backward"]
-    assert len(launches) == len(forward) + len(backward)
-    # Pools 1 to 4: input and output height and width, channels.
-    sizes = [(32, 16, 64), (16, 8, 192), (8, 4, 480), (4, 2, 832)]
+    # Launches of each call: 3x3 filters of another layout than channels_last are packed first.
+    counts = Counter(launch["op"] for launch in launches)
+    assert counts == {
+        "conv_chain_forward": 4 + 6 + 2 * 3,  # conv1 and pool; conv2, conv3 and pool; two heads
+        "inception_forward": 9 * 6,
+        "max_pool_forward": 2,
+        "max_pool_backward": 2,
+        "inception_backward": 9 * 9,
+        "conv_chain_backward": 4 + 9 + 2 * 5,  # the image needs no gradient
+    }
+    # Pools 3 and 4: input and output height and width, channels.
+    forward, backward = (
+        [launch for launch in launches if launch["op"] == op]
+        for op in ("max_pool_forward", "max_pool_backward")
+    )
+    sizes = [(8, 4, 480), (4, 2, 832)]
     for (h, p, c), first, last in zip(sizes, forward, reversed(backward), strict=True):
         x_bytes, y_bytes, argmax_bytes = 4 * 2 * h * h * c, 4 * 2 * p * p * c, 2 * p * p * c
         assert first["bytes_touched"] == x_bytes + y_bytes + argmax_bytes

@@ -11,53 +11,33 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_network_as_good_as_eager
-from fast_path import ARRANGEMENTS, CalledOps, generator
+from engine_cases import (
+    KINDS,
+    LAYOUTS,
+    assert_as_good_as_the_model,
+    enliven,
+    evaluate,
+    images,
+    make_models,
+    normalised,
+)
+from fast_path import ARRANGEMENTS, CalledOps
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrize, prune
 
 import inception_ext
 from inception_ext import _frozen, functional
-from inception_ext.bvlc import BVLCGoogLeNet
 from inception_ext.engine import Engine, freeze
 from inception_ext.modules import BasicConv2d, Inception
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-
-
-def enliven(model: nn.Module) -> nn.Module:
-    """Every layer passes a signal on, in evaluation mode too."""
-    torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(module.weight)
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.4, 0.8)
-            nn.init.uniform_(module.bias, 0.4, 0.8)
-            module.momentum = None
-    with torch.no_grad():
-        model.train()(torch.randn(4, 3, 64, 64))
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def models(tv_googlenet: Any) -> dict[str, nn.Module]:
     """One of each kind, in evaluation mode; not to be changed."""
-    settings = {"num_classes": 10, "init_weights": False}
-    torch.manual_seed(0)
-    return {
-        "ours": enliven(inception_ext.GoogLeNet(**settings)),
-        "torchvision": enliven(tv_googlenet.GoogLeNet(**settings)),
-        "accelerated": inception_ext.accelerate(enliven(tv_googlenet.GoogLeNet(**settings))),
-        "branch3_kernel_size=5": enliven(
-            inception_ext.GoogLeNet(**settings, aux_logits=False, branch3_kernel_size=5)
-        ),
-        "bvlc": enliven(BVLCGoogLeNet(num_classes=10)),
-    }
-
-
-KINDS = ("ours", "torchvision", "accelerated", "branch3_kernel_size=5", "bvlc")
+    return make_models(tv_googlenet)
 
 
 @pytest.fixture
@@ -66,47 +46,8 @@ def model(models: dict[str, nn.Module]) -> nn.Module:
     return copy.deepcopy(models["ours"])
 
 
-def images(n: int, h: int, w: int, seed: int = 1) -> Tensor:
-    """uint8, as they come from a file."""
-    return torch.randint(0, 256, (n, 3, h, w), generator=generator(seed), dtype=torch.uint8)
-
-
-def normalised(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    mean, std = (torch.tensor(v, dtype=dtype).view(3, 1, 1) for v in (MEAN, STD))
-    return (x.to(dtype) / 255 - mean) / std
-
-
-def evaluate(model: nn.Module, x: Tensor) -> Tensor:
-    """In evaluation mode, on the plain path, in the dtype of x."""
-    model = copy.deepcopy(model).to(x.dtype).eval()
-    with torch.no_grad(), functional.use_kernels(False):
-        return model(x)
-
-
-def assert_as_good_as_the_model(
-    engine: Engine, model: nn.Module, x: Tensor, given: Tensor | None = None
-) -> None:
-    """The engine on ``given`` (default: x) against the model on x, judged in float64."""
-    logits = engine(x if given is None else given)
-    exact = evaluate(model, x.double())
-    if engine.dtype == torch.bfloat16 and isinstance(model, BVLCGoogLeNet):
-        eager = exact.bfloat16()  # the best there could be: torch has no bfloat16 LRN on the CPU
-    else:
-        eager = evaluate(model, x.to(engine.dtype))
-    assert_network_as_good_as_eager({"logits": logits}, {"logits": eager}, {"logits": exact})
-
-
 # What it computes
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "nchw": Tensor.contiguous,
-    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "nhwc": lambda x: x.permute(0, 2, 3, 1).contiguous(),
-    "nhwc view": lambda x: x.permute(0, 2, 3, 1),
-    "flipped": lambda x: x.flip(3).contiguous().flip(3),
-    "sliced": lambda x: torch.cat([x, x, x], 3)[..., x.shape[3] : 2 * x.shape[3]],
-    "every other": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
-}
 # Every size, number of images, dtype and layout, if not all of their combinations: (N, H, W, ...).
 INPUTS = [
     (1, 15, 15, torch.uint8, "nchw"),

@@ -96,7 +96,7 @@ cudaError_t batch_norm_relu_apply(const BatchNormReluApplyParams& params, cudaSt
 // The same, followed by a max pool that reads what would have been y [N, H, W, C], rounded to
 // dtype, without its ever being written.
 struct BatchNormReluMaxPoolParams {
-  MaxPoolForwardParams pool;  // of the raw x
+  MaxPoolForwardParams pool;  // of the raw x; with an argmax
   const float* mean;          // [C]
   const float* rstd;          // [C]
   const float* gamma;         // [C]

@@ -123,16 +123,11 @@ __device__ __forceinline__ void compute_tile(const ConvGroupLaunch& launch) {
 
   wait_copies<0>();
   __syncthreads();
-  if (tile.splits > 1 && !add_splits(warp, tile, launch.counters, launch.partials,
-                                     reinterpret_cast<int32_t*>(shared))) {
+  if (tile.splits.count > 1 && !add_splits(warp, tile.splits, launch.counters, launch.partials,
+                                           reinterpret_cast<int32_t*>(shared))) {
     return;
   }
   store_tile(warp, p, tile, shared);
-}
-
-// Blocks that share a multiprocessor at least: this bounds the registers of a thread.
-constexpr int min_resident(const TileShape& shape) {
-  return shape.m_fragments * shape.n_fragments > 16 ? 2 : 3;
 }
 
 // kShape: of kTileShapes; a struct as a template argument is too much for nvcc's host side.

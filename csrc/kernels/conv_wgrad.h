@@ -12,9 +12,10 @@ namespace inception_ext::kernels {
 // What a convolution reads in the place of x.
 enum class WgradPrologue : int32_t {
   kNone = 0,
-  kBatchNormRelu =
-      1,         // relu((x - mean) * (gamma * rstd) + beta), rounded to dtype; padding is zero
-  kMaxPool = 2,  // the 3x3 max pool of x (stride 1, padding 1); only for 1x1, stride 1
+  // relu((x - mean) * (gamma * rstd) + beta), rounded to dtype; padding is zero
+  kBatchNormRelu = 1,
+  // The 3x3 max pool of x (stride 1, padding 1); only for 1x1, stride 1
+  kMaxPool = 2,
 };
 
 // Gradients of filters that lie in one tensor, from the filter on where the segment before it ends.

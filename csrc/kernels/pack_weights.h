@@ -15,7 +15,7 @@
 
 namespace inception_ext::kernels {
 
-constexpr int kMaxPackedFilters = 6;
+constexpr int kMaxPackedFilters = 7;
 
 struct PackedFilter {
   const void* weight;      // [K, C, R, S], float32 or dtype

@@ -62,6 +62,14 @@ struct TilePlan {
   GemmTiles tiles[kMaxGemms];  // the longest first, so that the short ones fill the gaps
 };
 
+// The part that a block has of a sum over several blocks (device/split_sums.cuh).
+struct SplitSums {
+  int32_t index;
+  int32_t count;
+  int32_t counter;
+  int32_t partial;  // of index 0; the others follow
+};
+
 // What one block computes: rows [m, m + shape.rows()) and columns [n, n + 8 * n_units) of a GEMM,
 // over steps [k_begin, k_end) of K.
 struct Tile {
@@ -71,10 +79,7 @@ struct Tile {
   int32_t n_units;
   int32_t k_begin;
   int32_t k_end;
-  int32_t split;
-  int32_t splits;
-  int32_t counter;
-  int32_t partial;  // of split 0; the others follow
+  SplitSums splits;
 };
 
 INCEPTION_EXT_HOST_DEVICE constexpr int32_t ceil_div(int32_t a, int32_t b) {
@@ -104,10 +109,7 @@ INCEPTION_EXT_HOST_DEVICE constexpr Tile tile_of(const TilePlan& plan, const Til
           cut(t.n_units, t.n_tiles, column + 1) - first_unit,
           cut(t.k_steps, t.splits, split),
           cut(t.k_steps, t.splits, split + 1),
-          split,
-          t.splits,
-          t.first_counter + of_c,
-          t.first_partial + of_c * t.splits};
+          {split, t.splits, t.first_counter + of_c, t.first_partial + of_c * t.splits}};
 }
 
 // Rows of A that a stage holds: those of the tile and, for the max pool prologue, their neighbours.

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "torch/conv_lists.h"
 #include "torch/cuda_launch.h"
 #include "torch/kernel_params.h"
 #include "torch/library.h"
@@ -17,73 +18,7 @@
 namespace inception_ext {
 namespace {
 
-using Integers = std::vector<int64_t>;
-using Tensors = std::vector<Tensor>;
-
 constexpr const char* kOp = "conv_group";
-
-std::string item(const char* list, size_t i) {
-  std::string text(list);
-  text.append("[").append(std::to_string(i)).append("]");
-  return text;
-}
-
-void check_length(const char* name, size_t got, size_t expected) {
-  if (got != expected) fail(kOp, name, "expected ", expected, " entries, got ", got);
-}
-
-// Height and width of problem i.
-struct Pair {
-  int64_t h, w;
-};
-Pair pair_of(const char* name, const Integers& values, size_t i, int64_t least) {
-  constexpr int64_t kLargest = kernels::kMaxConvSide / 4;
-  const Pair pair{values[2 * i], values[2 * i + 1]};
-  for (int64_t value : {pair.h, pair.w}) {
-    if (value < least || value > kLargest) {
-      fail(kOp, item(name, i).c_str(), "expected ", least, " to ", kLargest, ", got ", value);
-    }
-  }
-  return pair;
-}
-
-int64_t output_size(int64_t input, int64_t kernel, int64_t stride, int64_t padding, size_t i) {
-  const int64_t span = input + 2 * padding - kernel;
-  if (span < 0) {
-    fail(kOp, item("kernel_sizes", i).c_str(), "expected at most ", input + 2 * padding,
-         " for an input of ", input, " with padding ", padding, ", got ", kernel);
-  }
-  return span / stride + 1;
-}
-
-void check_x(const Tensor& x, const Tensor& first, size_t i) {
-  const std::string name = item("x", i);
-  Argument{kOp, name.c_str(), x}
-      .is_dense_of(/*cuda=*/true)
-      .has_dim(4)
-      .has_dtype({first.scalar_type()});
-  constexpr int64_t kLargest = kernels::kMaxConvSide / 2;
-  for (int d = 1; d < 4; ++d) {
-    if (x.size(d) < 1 || (d > 1 && x.size(d) > kLargest)) {
-      fail(kOp, name.c_str(),
-           "expected channels, height and width of at least 1, images of at most ", kLargest,
-           " pixels a side, got shape ", shape_text(x));
-    }
-  }
-  constexpr int64_t kLargestPixels = 1 << 30;
-  if (x.size(0) * x.size(2) * x.size(3) > kLargestPixels || x.size(1) > kLargestPixels) {
-    fail(kOp, name.c_str(), "expected at most 2^30 pixels and channels, got shape ", shape_text(x));
-  }
-}
-
-// The widest images that the max pool prologue takes; a kernel of its own pools wider ones.
-int32_t max_pooled_width(const Tensor& x) {
-  const OnDeviceOf guard(x);
-  int32_t width = 0;
-  const cudaError_t error = kernels::max_pooled_width(kernel_dtype(x.scalar_type()), &width);
-  if (error != cudaSuccess) fail(kOp, "device", "cudaError_t ", static_cast<int>(error));
-  return width;
-}
 
 // Everything that problem i is made of.
 kernels::ConvProblem make_problem(const Tensor& x, const Tensor& weight, const Tensor& bias,
@@ -91,8 +26,10 @@ kernels::ConvProblem make_problem(const Tensor& x, const Tensor& weight, const T
                                   const Tensor* outputs, int64_t segments, size_t i) {
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
   const int64_t row = (kernel.h * kernel.w * c + 7) / 8 * 8;
-  const int64_t p = output_size(h, kernel.h, stride.h, padding.h, i);
-  const int64_t q = output_size(w, kernel.w, stride.w, padding.w, i);
+  const int64_t p =
+      window_positions(kOp, item("kernel_sizes", i), h, kernel.h, stride.h, padding.h);
+  const int64_t q =
+      window_positions(kOp, item("kernel_sizes", i), w, kernel.w, stride.w, padding.w);
   const std::string weight_name = item("weights", i), bias_name = item("biases", i);
   const Argument weight_argument{kOp, weight_name.c_str(), weight};
   weight_argument.is_dense_of(true).has_dim(2).has_dtype({x.scalar_type()});
@@ -153,10 +90,6 @@ kernels::ConvProblem make_problem(const Tensor& x, const Tensor& weight, const T
   return problem;
 }
 
-int64_t conv_group_workspace_bytes() {
-  return kernels::kConvCounterBytes + kernels::kConvPartialBytes;
-}
-
 void conv_group(Tensors x, Tensors weights, Tensors biases, Integers kernel_sizes, Integers strides,
                 Integers paddings, std::vector<bool> pools, std::vector<bool> relus,
                 Integers segments, bool exact, std::optional<Tensor> workspace, Tensors outputs) {
@@ -164,14 +97,14 @@ void conv_group(Tensors x, Tensors weights, Tensors biases, Integers kernel_size
   if (count < 1 || count > kernels::kMaxConvProblems) {
     fail(kOp, "x", "expected 1 to ", kernels::kMaxConvProblems, " tensors, got ", count);
   }
-  check_length("weights", weights.size(), count);
-  check_length("biases", biases.size(), count);
-  check_length("kernel_sizes", kernel_sizes.size(), 2 * count);
-  check_length("strides", strides.size(), 2 * count);
-  check_length("paddings", paddings.size(), 2 * count);
-  check_length("pools", pools.size(), count);
-  check_length("relus", relus.size(), count);
-  check_length("segments", segments.size(), count);
+  check_length(kOp, "weights", weights.size(), count);
+  check_length(kOp, "biases", biases.size(), count);
+  check_length(kOp, "kernel_sizes", kernel_sizes.size(), 2 * count);
+  check_length(kOp, "strides", strides.size(), 2 * count);
+  check_length(kOp, "paddings", paddings.size(), 2 * count);
+  check_length(kOp, "pools", pools.size(), count);
+  check_length(kOp, "relus", relus.size(), count);
+  check_length(kOp, "segments", segments.size(), count);
   Argument{kOp, "x[0]", x[0]}.has_dtype(
       {ScalarType::Half, ScalarType::BFloat16, ScalarType::Float});
 
@@ -184,7 +117,7 @@ void conv_group(Tensors x, Tensors weights, Tensors biases, Integers kernel_size
   Tensors inputs;
   size_t used = 0;
   for (size_t i = 0; i < count; ++i) {
-    check_x(x[i], x[0], i);
+    check_images(kOp, "x", i, x[i], x[0].scalar_type());
     if (segments[i] < 1 || segments[i] > kernels::kMaxConvSegments) {
       fail(kOp, item("segments", i).c_str(), "expected 1 to ", kernels::kMaxConvSegments, ", got ",
            segments[i]);
@@ -193,19 +126,15 @@ void conv_group(Tensors x, Tensors weights, Tensors biases, Integers kernel_size
     if (last > outputs.size()) {
       fail(kOp, "outputs", "expected as many tensors as all segments, got ", outputs.size());
     }
-    inputs.push_back(by_pixels(x[i]));
     bool pool = pools[i];
-    if (pool && x[i].numel() > 0 && x[i].size(3) > max_pooled_width(x[i])) {
-      inputs[i] = same_size_max_pool_cuda(kOp, inputs[i]);
-      pool = false;
-    }
-    params.problem[i] =
-        make_problem(inputs[i], weights[i], biases[i], pair_of("kernel_sizes", kernel_sizes, i, 1),
-                     pair_of("strides", strides, i, 1), pair_of("paddings", paddings, i, 0), pool,
-                     relus[i], &outputs[used], segments[i], i);
+    inputs.push_back(pooled_where_wide(kOp, by_pixels(x[i]), pool));
+    params.problem[i] = make_problem(
+        inputs[i], weights[i], biases[i], pair_of(kOp, "kernel_sizes", kernel_sizes, i, 1),
+        pair_of(kOp, "strides", strides, i, 1), pair_of(kOp, "paddings", paddings, i, 0), pool,
+        relus[i], &outputs[used], segments[i], i);
     used = last;
   }
-  check_length("outputs", outputs.size(), used);
+  check_length(kOp, "outputs", outputs.size(), used);
 
   std::vector<Operand> operands;
   for (size_t i = 0; i < count; ++i) {
@@ -214,20 +143,12 @@ void conv_group(Tensors x, Tensors weights, Tensors biases, Integers kernel_size
     operands.push_back({"bias", biases[i], Use::kRead});
   }
   for (const Tensor& y : outputs) operands.push_back({"y", y, Use::kWrite});
-  Tensor counters, partials;
-  if (workspace) {
-    Argument{kOp, "workspace", *workspace}
-        .is_dense_of(true)
-        .has_shape({conv_group_workspace_bytes()})
-        .has_dtype({ScalarType::Byte});
-    if (!workspace->is_contiguous()) fail(kOp, "workspace", "expected a contiguous tensor");
-    counters = torch::stable::narrow(*workspace, 0, 0, kernels::kConvCounterBytes);
-    partials = torch::stable::narrow(*workspace, 0, kernels::kConvCounterBytes,
-                                     kernels::kConvPartialBytes);
-    params.counters = static_cast<int32_t*>(counters.data_ptr());
-    params.partials = static_cast<float*>(partials.data_ptr());
-    operands.push_back({"counters", counters, Use::kUpdate});
-    operands.push_back({"partials", partials, Use::kScratch});
+  const SplitMemory memory = split_memory(kOp, workspace);
+  if (memory.counters) {
+    params.counters = static_cast<int32_t*>(memory.counters->data_ptr());
+    params.partials = static_cast<float*>(memory.partials->data_ptr());
+    operands.push_back({"counters", *memory.counters, Use::kUpdate});
+    operands.push_back({"partials", *memory.partials, Use::kScratch});
   }
   launch_kernels(kOp, operands,
                  [&](cudaStream_t stream) { return kernels::conv_group(params, stream); });
@@ -235,11 +156,7 @@ void conv_group(Tensors x, Tensors weights, Tensors biases, Integers kernel_size
 
 }  // namespace
 
-#ifdef INCEPTION_EXT_EMULATE
-STABLE_TORCH_LIBRARY_IMPL(INCEPTION_EXT_OPS, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(INCEPTION_EXT_OPS, CUDA, m) {
-#endif
+STABLE_TORCH_LIBRARY_IMPL(INCEPTION_EXT_OPS, INCEPTION_EXT_CUDA_KEY, m) {
   m.impl("conv_group", TORCH_BOX(&conv_group));
 }
 

@@ -4,6 +4,7 @@
 #include "cpu/dtype.h"
 #include "cpu/parallel.h"
 #include "torch/checks.h"
+#include "torch/no_grad.h"
 #include "torch/stable.h"
 
 namespace inception_ext {
@@ -24,19 +25,5 @@ inline cpu::DType cpu_dtype(const Tensor& x) {
       return cpu::DType::kFloat32;
   }
 }
-
-// Ops may be called with parameters that require gradients; autograd is the caller's business.
-class NoGrad {
- public:
-  NoGrad() : was_enabled_(aoti_torch_grad_mode_is_enabled()) {
-    aoti_torch_grad_mode_set_enabled(false);
-  }
-  ~NoGrad() { aoti_torch_grad_mode_set_enabled(was_enabled_); }
-  NoGrad(const NoGrad&) = delete;
-  NoGrad& operator=(const NoGrad&) = delete;
-
- private:
-  bool was_enabled_;
-};
 
 }  // namespace inception_ext

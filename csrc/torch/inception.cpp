@@ -117,7 +117,8 @@ using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ForwardResult inception_forward(Tensor x, std::vector<Tensor> conv_weights,
                                 std::vector<Tensor> weights, std::vector<Tensor> biases,
                                 std::vector<Tensor> running_means, std::vector<Tensor> running_vars,
-                                bool training, double momentum, double eps, bool save) {
+                                bool training, double momentum, double eps, bool save,
+                                bool /*exact*/) {
   static constexpr const char* op = "inception_forward";
   const NoGrad no_grad;
   const Layout layout(op, x, conv_weights, /*cuda=*/false);
@@ -199,7 +200,7 @@ BackwardResult inception_backward(Tensor grad, Tensor x, std::vector<Tensor> con
                                   Tensor raw_1x1, Tensor raw_3x3, Tensor raw_5x5, Tensor raw_pool,
                                   Tensor reduced_3x3, Tensor reduced_5x5, Tensor pooled,
                                   Tensor argmax, Tensor mean, Tensor rstd, bool training,
-                                  std::vector<bool> needs) {
+                                  std::vector<bool> needs, bool /*exact*/) {
   static constexpr const char* op = "inception_backward";
   const NoGrad no_grad;
   const Layout layout(op, x, conv_weights, /*cuda=*/false);

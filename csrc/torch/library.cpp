@@ -23,19 +23,49 @@ STABLE_TORCH_LIBRARY(INCEPTION_EXT_OPS, m) {
       "Tensor rstd, bool training) -> (Tensor, Tensor, Tensor)");
 
   // Six convolutions in module order: branch1, branch2.0, branch2.1, branch3.0, branch3.1,
-  // branch4.1. -> out, then what the backward needs (each [0] unless save):
-  // raw_1x1, raw_3x3, raw_5x5, raw_pool, reduced_3x3, reduced_5x5, pooled, argmax, mean, rstd
+  // branch4.1. exact: CUDA multiplies float32 as such and not as TF32. -> out, then what the
+  // backward needs (each [0] unless save): raw_1x1, raw_3x3, raw_5x5, raw_pool, reduced_3x3,
+  // reduced_5x5, pooled (these three [0] on CUDA, whose kernels recompute them), argmax, mean, rstd
   m.def(
       "inception_forward(Tensor x, Tensor[] conv_weights, Tensor[] weights, Tensor[] biases, "
       "Tensor(a!)[] running_means, Tensor(b!)[] running_vars, bool training, float momentum, "
-      "float eps, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "float eps, bool save, bool exact=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
   // needs: x, then the six conv_weights -> gradients of x, conv_weights, weights, biases
   m.def(
       "inception_backward(Tensor grad, Tensor x, Tensor[] conv_weights, Tensor[] weights, "
       "Tensor[] biases, Tensor raw_1x1, Tensor raw_3x3, Tensor raw_5x5, Tensor raw_pool, "
       "Tensor reduced_3x3, Tensor reduced_5x5, Tensor pooled, Tensor argmax, Tensor mean, "
-      "Tensor rstd, bool training, bool[] needs) -> (Tensor, Tensor[], Tensor[], Tensor[])");
+      "Tensor rstd, bool training, bool[] needs, bool exact=True) -> (Tensor, Tensor[], Tensor[], "
+      "Tensor[])");
+
+  // Weight gradients of up to 8 convolutions in one launch. Of problem i: grads[i] [N, K, P, Q] T;
+  // x[i] [N, C, H, W] T, on load max pooled (3x3, stride 1, padding 1) where pools[i], or batch
+  // normalised and rectified where batch_norms[i] is float32 [4, C] (mean, rstd, weight, bias) and
+  // not [0]; strides, paddings (h, w); segments[i]: how many of `outputs` in turn share its K
+  // filters, each [k, C, R, S], T or float32, in any strides. exact, workspace: as conv_group has
+  // them
+  m.def(
+      "conv_wgrad(Tensor[] grads, Tensor[] x, Tensor[] batch_norms, int[] strides, "
+      "int[] paddings, bool[] pools, int[] segments, bool exact, Tensor(a!)? workspace, "
+      "Tensor(b!)[] outputs) -> ()");
+  // One or two convolutions (square, `strides`, `paddings`), each with batch norm and ReLU behind
+  // it, and a max pool where pool = [kernel, stride, padding, ceil mode]; CUDA only. -> y, then
+  // what the backward needs (each [0] unless save): raw1, raw2 ([0] for one convolution), argmax
+  // ([0] without pool), mean, rstd
+  m.def(
+      "conv_chain_forward(Tensor x, Tensor[] conv_weights, Tensor[] weights, Tensor[] biases, "
+      "Tensor(a!)[] running_means, Tensor(b!)[] running_vars, int[] strides, int[] paddings, "
+      "int[] pool, bool training, float momentum, float eps, bool save, bool exact=True) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // needs: x (stride 1 only), then the conv_weights -> gradients of x, conv_weights, weights,
+  // biases
+  m.def(
+      "conv_chain_backward(Tensor grad, Tensor x, Tensor[] conv_weights, Tensor[] weights, "
+      "Tensor[] biases, Tensor raw1, Tensor raw2, Tensor argmax, Tensor mean, Tensor rstd, "
+      "int[] strides, int[] paddings, int[] pool, bool training, bool[] needs, bool exact=True) "
+      "-> (Tensor, Tensor[], Tensor[], Tensor[])");
 
   // Inference: all write into tensors of the caller, who can plan their memory. T is float16,
   // bfloat16 or float32; x and the outputs are channels_last, or channel slices of such. exact:

@@ -107,7 +107,7 @@ TilePlan check_plan(const Group& group) {
               8 * t.n_units <= shape.columns(),
           "columns within C and the shape", where);
     check(t.k_begin >= 0 && t.k_begin < t.k_end && t.k_end <= steps, "steps within K", where);
-    check(t.split >= 0 && t.split < t.splits, "a split", where);
+    check(t.splits.index >= 0 && t.splits.index < t.splits.count, "a split", where);
     if (g_failures) return plan;
     for (int32_t unit = t.n / 8; unit < t.n / 8 + t.n_units; ++unit) {
       for (int32_t step = t.k_begin; step < t.k_end; ++step) {
@@ -115,10 +115,12 @@ TilePlan check_plan(const Group& group) {
       }
     }
     macs += macs_of(g, t, shape, step_k, group.budget.element_bytes);
-    if (t.splits == 1) continue;
-    check(t.counter >= 0 && t.counter < group.budget.counters, "a counter of the budget", where);
-    check(counters.insert(t.counter).second == (t.split == 0), "a counter for each tile", where);
-    const int32_t partial = t.partial + t.split;
+    if (t.splits.count == 1) continue;
+    check(t.splits.counter >= 0 && t.splits.counter < group.budget.counters,
+          "a counter of the budget", where);
+    check(counters.insert(t.splits.counter).second == (t.splits.index == 0),
+          "a counter for each tile", where);
+    const int32_t partial = t.splits.partial + t.splits.index;
     check(partials.insert(partial).second, "partial sums of its own", where);
     check((partial + 1) * partial_bytes(shape) <= group.budget.partial_bytes,
           "partial sums within the budget", where);

@@ -9,11 +9,17 @@
 
 namespace inception_ext::kernels {
 
+// Blocks that share a multiprocessor at least: this bounds the registers of a thread.
+constexpr int min_resident(const TileShape& shape) {
+  return shape.m_fragments * shape.n_fragments > 16 ? 2 : 3;
+}
+
 // The accumulators of one thread, and the products of the warp that it belongs to.
 template <typename Math, TileShape kShape>
 struct WarpTile {
   using T = typename Math::Element;
   static constexpr int kM = kShape.m_fragments, kN = kShape.n_fragments;
+  static constexpr int kSteps = kRowBytes / (Math::kStepK * sizeof(T));
 
   float sum[kM][kN][4] = {};
   int row;      // of the block's tile
@@ -32,10 +38,18 @@ struct WarpTile {
     n_count = units;
   }
 
+  // Gives each warp as many of the tile's fragments of rows as the others.
+  __device__ __forceinline__ void spread_rows(int32_t m_units) {
+    const int warp_m = threadIdx.x / 32 / kShape.warps_n;
+    const int first = m_units * warp_m / kShape.warps_m;
+    row = 16 * first;
+    m_count = m_units * (warp_m + 1) / kShape.warps_m - first;
+  }
+
   // Adds a step of K, of which `k` elements count.
   __device__ __forceinline__ void multiply(const char* a_tile, const char* b_tile, int32_t k) {
 #pragma unroll
-    for (int step = 0; step < kRowChunks / Math::kStepChunks; ++step) {
+    for (int step = 0; step < kSteps; ++step) {
       if (step * Math::kStepK >= k) break;
       typename Math::A a[kM];
 #pragma unroll

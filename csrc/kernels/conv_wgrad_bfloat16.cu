@@ -1,0 +1,8 @@
+#include "conv_wgrad.cuh"
+
+namespace inception_ext::kernels {
+
+template cudaError_t run_conv_wgrad<PixelTensorMath<__nv_bfloat16>>(const ConvWgradLaunch&,
+                                                                    cudaStream_t);
+
+}  // namespace inception_ext::kernels
