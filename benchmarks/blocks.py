@@ -14,6 +14,7 @@ import floors
 import floors_training
 import markdown
 import results
+from timing import COMPANY
 
 __all__ = ["BLOCKS", "PAGES", "filled", "pages"]
 
@@ -135,7 +136,13 @@ def overhead() -> str:
         added = f"{row['added_us']:+.2f} on {row['over']}" if "added_us" in row else ""
         rows.append((row["name"], *times, added))
     header = ("call", "us, median", "p20", "p80", "what the layer adds")
-    return f"{markdown.about(result)}\n\n{markdown.table(header, rows)}"
+    return f"{markdown.about(result)}{_company(scenario)}\n\n{markdown.table(header, rows)}"
+
+
+def _company(scenario: Mapping[str, Any]) -> str:
+    """Who else used the machine, where that was more than a measurement should have."""
+    others = scenario["others_cores"] or 0
+    return f" Other programs used {others} cores meanwhile." if others > COMPANY else ""
 
 
 def growth() -> str:

@@ -46,8 +46,8 @@ ODD = [
     Wgrad(1, 1, 1, 1, 1),
 ]
 LONG = [
-    Wgrad(24, 40, 28, 28, 3, (3, 3), padding=(1, 1), prologue="batch_norm"),
-    Wgrad(72, 16, 28, 28, 3, prologue="pool", master=True),
+    Wgrad(24, 40, 28, 28, 1, (3, 3), padding=(1, 1), prologue="batch_norm"),
+    Wgrad(72, 16, 28, 28, 1, prologue="pool", master=True),
 ]
 GROUPS = {
     "module's first": FIRST,

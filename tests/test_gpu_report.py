@@ -12,6 +12,7 @@ import pytest
 import torch
 from kernel_devices import needs_emulator
 
+import inception_ext
 from inception_ext.testing import emulated
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -164,3 +165,27 @@ def test_launches_are_caught_checked_and_counted(monkeypatch):
 def test_nan_is_not_ok(monkeypatch):
     launches = module(monkeypatch, "launches")
     assert not launches.Check("op", float("nan"), 0.0, 1.0).ok
+
+
+@needs_emulator
+def test_a_frozen_network_on_the_emulator(monkeypatch, job):
+    """As on a GPU: every launch is caught and right, and they do the work that floors.py counts."""
+    op = "inception_ext_emulated::stem_conv_conv_pool"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU"):
+        pytest.skip("no kernel yet")
+    correctness, floors = module(monkeypatch, "gpu_correctness"), module(monkeypatch, "floors")
+    kernels = module(monkeypatch, "gpu_kernels")
+    model = inception_ext.googlenet(aux_logits=False, init_weights=False)
+    model.load_state_dict(job.state_dict(False))
+    with emulated(checks=False, counting=False):
+        found = correctness._case(job, model.eval(), "fp16", 1, (33, 33), "uint8 NHWC")
+        monkeypatch.setattr(kernels, "_times", lambda *_: {"warm_us": {"median": 1.0}})
+        launches = [finding["kernel"] for finding in kernels.kernels(job)]
+    assert found["ok"] and found["repeats"]
+    assert found["launches"] == len(launches) == 24
+    layers = floors.trace(floors.network(), 33)
+    assert sum(launch["flops"] for launch in launches) == sum(layer.flops for layer in layers)
+    engine = floors.total(floors.stages(layers, "engine", 4))
+    # Biases stay float32 and packed rows are whole vectors: a little more than the floor's bytes.
+    touched = sum(launch["bytes"] for launch in launches)
+    assert 1.0 <= touched / (engine.bytes + engine.weight_bytes) < 1.02

@@ -32,11 +32,12 @@ cudaError_t conv_group(const ConvGroupParams& params, cudaStream_t stream) {
     gemms[i] = gemm_of(p, p.max_pool);
     useful += useful_macs(gemms[i]);
   }
-  group.plan = plan_tiles(gemms, params.problems, budget_of(params, device));
+  const bool scalar = is_scalar(params.dtype, params.exact, device);
+  const int first_shape = scalar ? ScalarMath<float>::kFirstShape : 0;
+  group.plan = plan_tiles(gemms, params.problems, first_shape, budget_of(params, device));
   if (group.plan.shape < 0) return cudaErrorNotSupported;
   if (group.plan.blocks == 0) return cudaSuccess;
   note_useful_macs(useful);
-  const bool scalar = is_scalar(params.dtype, params.exact, device);
   switch (params.dtype) {
     case DType::kFloat16:
       return run_conv_group<TensorMath<__half>>(group, stream);

@@ -151,7 +151,8 @@ template <typename Math>
 cudaError_t run_conv_group(const ConvGroupLaunch& group, cudaStream_t stream) {
   switch (group.plan.shape) {
     case 0:
-      return launch_conv_group<Math, 0>(group, stream);
+      if constexpr (Math::kFirstShape > 0) return cudaErrorNotSupported;
+      return launch_conv_group<Math, Math::kFirstShape>(group, stream);
     case 1:
       return launch_conv_group<Math, 1>(group, stream);
     default:

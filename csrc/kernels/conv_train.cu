@@ -34,7 +34,9 @@ cudaError_t make_launch(const ConvTrainParams& params, const DeviceLimits& devic
   }
   const TileBudget budget{element_bytes(params.dtype), device.multiprocessors,
                           device.shared_bytes - table_bytes, 0, 0};
-  group.plan = plan_tiles(gemms, params.problems, budget);
+  const bool scalar = is_scalar(params.dtype, params.exact, device);
+  const int first_shape = scalar ? ScalarMath<float>::kFirstShape : 0;
+  group.plan = plan_tiles(gemms, params.problems, first_shape, budget);
   group.plan.shared_bytes += table_bytes;
   return group.plan.shape < 0 ? cudaErrorNotSupported : cudaSuccess;
 }

@@ -177,7 +177,8 @@ template <typename Math>
 cudaError_t run_conv_train(const ConvTrainLaunch& group, cudaStream_t stream) {
   switch (group.plan.shape) {
     case 0:
-      return launch_conv_train<Math, 0>(group, stream);
+      if constexpr (Math::kFirstShape > 0) return cudaErrorNotSupported;
+      return launch_conv_train<Math, Math::kFirstShape>(group, stream);
     case 1:
       return launch_conv_train<Math, 1>(group, stream);
     default:

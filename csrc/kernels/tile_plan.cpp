@@ -112,11 +112,11 @@ Candidate make_plan(const Gemm* gemms, int count, int shape_index, int steps_a_b
 
 }  // namespace
 
-TilePlan plan_tiles(const Gemm* gemms, int count, const TileBudget& budget) {
+TilePlan plan_tiles(const Gemm* gemms, int count, int first_shape, const TileBudget& budget) {
   TilePlan best{};
   best.shape = -1;
   double clocks = std::numeric_limits<double>::infinity();
-  for (int shape = 0; shape < kTileShapeCount; ++shape) {
+  for (int shape = first_shape; shape < kTileShapeCount; ++shape) {
     for (int steps = kUnsplit; steps >= 2; steps = steps > 128 ? 128 : steps / 2) {
       const Candidate candidate = make_plan(gemms, count, shape, steps, budget);
       if (candidate.plan.shared_bytes > budget.shared_bytes) break;

@@ -132,9 +132,9 @@ struct TileBudget {
   int64_t partial_bytes;    // likewise
 };
 
-// Chooses shape and splits. blocks = 0: all GEMMs are empty. shape = -1: no shape fits into shared
-// memory (a max pool prologue over very wide images).
-TilePlan plan_tiles(const Gemm* gemms, int count, const TileBudget& budget);
+// Chooses shape, from `first_shape` of kTileShapes on, and splits. blocks = 0: all GEMMs are empty.
+// shape = -1: no shape fits into shared memory (a max pool prologue over very wide images).
+TilePlan plan_tiles(const Gemm* gemms, int count, int first_shape, const TileBudget& budget);
 
 // The widest images that a max pool prologue has the shared memory for.
 int32_t widest_pool(const TileBudget& budget);

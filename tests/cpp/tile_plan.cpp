@@ -27,7 +27,7 @@ struct Group {
   TileBudget budget;
 
   int count() const { return static_cast<int>(gemms.size()); }
-  TilePlan plan() const { return plan_tiles(gemms.data(), count(), budget); }
+  TilePlan plan() const { return plan_tiles(gemms.data(), count(), 0, budget); }
   int32_t k_steps(int i) const {
     return ceil_div(gemms[i].k * budget.element_bytes, kTileRowBytes);
   }

@@ -8,6 +8,7 @@
 // A step is kStepChunks 16-byte chunks of K. Whatever the math, lane 4 * g + t holds of C the
 // columns 2t and 2t + 1 of row g in c[0], c[1], and of row g + 8 in c[2], c[3].
 //
+// kFirstShape: of kTileShapes, the largest tile whose accumulators and operands fit the registers.
 // kExists: whether launchers choose it on the architecture that is compiled for. Where they do not,
 // kernels are left empty.
 #pragma once
@@ -35,6 +36,7 @@ struct TensorMath {
   using B = uint32_t[4];
   static constexpr bool kExists =
       std::is_same_v<T, __half> || kArchitecture == 0 || kArchitecture >= 800;
+  static constexpr int kFirstShape = 0;
   static constexpr int kStepChunks = 2;
   static constexpr int kStepK = kStepChunks * kChunkBytes / sizeof(T);
 
@@ -74,6 +76,7 @@ template <typename T>
 struct ScalarMath {
   using Element = T;
   static constexpr bool kExists = std::is_same_v<T, float> || kArchitecture < 800;
+  static constexpr int kFirstShape = 1;
   static constexpr int kStepChunks = 1;
   static constexpr int kStepK = kChunkBytes / sizeof(T);
   using A = Vector<T, kStepK>[2];  // rows g, g + 8
