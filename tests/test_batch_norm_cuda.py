@@ -74,7 +74,8 @@ def test_any_strides(device, arrangement, training, dtype):
     x, grad = randn(3, 16, 7, 6, dtype=dtype), randn(3, 16, 7, 6, seed=1, dtype=dtype)
     tensors = settled(x, bn_tensors(16))
     check(device, arrange(x), tensors, grad, training)
-    if arrangement == "one_value" and training:  # gradients that are zero but for rounding
+    if arrangement == "one_value" and training and dtype != torch.float32:
+        # No ReLU tells the pixels apart: gradients that are zero but for rounding.
         ours, _ = kernel_results(device, x, tensors, arrange(grad), training)
         size = grad[0, 0, 0, 0].float().abs() * tensors["weight"].abs().max() * 32  # 32 > rstd
         assert ours["dx"].abs().max() <= 1e-5 * size
