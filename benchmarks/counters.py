@@ -36,7 +36,7 @@ import train_counters
 
 from inception_ext import googlenet
 from inception_ext.engine import freeze
-from inception_ext.testing import emulated
+from inception_ext.testing import emulated, emulator_error
 
 SCHEMA = "inception_ext.counters"
 SCHEMA_VERSION = 1
@@ -144,6 +144,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    if (reason := emulator_error()) is not None:
+        print(f"no emulator ({reason}): build with INCEPTION_EXT_EMULATOR=1", file=sys.stderr)
+        return 1
     start = time.perf_counter()
     counting = train_counters.count if args.train else count
     counters = counting(args.batch, getattr(torch, args.dtype), args.size, args.seed)
