@@ -13,6 +13,8 @@ stem_bytes_per_image      of these, up to and including the second pool
 bytes_issued_per_image    bytes that all threads together ask for: what the L2 cache sees
 useful_mac_share          of the multiply-accumulates that the kernels issue
 bank_conflicts            extra passes of shared memory; bank_conflict_places says where
+
+With --train, of a training step instead: see train_counters.py.
 """
 
 import argparse
@@ -30,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # an inception_ext not installed
 
 import environment
+import train_counters
 
 from inception_ext import googlenet
 from inception_ext.engine import freeze
-from inception_ext.testing import emulated
+from inception_ext.testing import emulated, emulator_error
 
 SCHEMA = "inception_ext.counters"
 SCHEMA_VERSION = 1
@@ -105,18 +108,19 @@ def summarize(
 
 def render(counters: dict[str, Any], batch: int) -> str:
     """The counters as text."""
-    lines = [f"{'modules':26}{'op':22}{'MB/image':>9}{'useful':>8}"]
-    for launch in counters["of_each_launch"]:
+    launches = counters.get("of_each_launch", [])
+    lines = [f"{'modules':26}{'op':22}{'MB/image':>9}{'useful':>8}"] if launches else []
+    for launch in launches:
         issued = launch["issued_macs"]
         useful = f"{launch['useful_macs'] / issued:8.1%}" if issued else f"{'-':>8}"
         megabytes = launch["bytes_touched"] / batch / 1e6
         lines.append(f"{launch['modules']:26}{launch['op']:22}{megabytes:9.3f}{useful}")
     lines.append("")
     for key, value in counters.items():
-        if key.endswith("_per_image"):
-            lines.append(f"{key:26}{value / 1e6:.3f} MB")
+        if key.endswith(("_per_image", "_per_step")):
+            lines.append(f"{key:32}{value / 1e6:.3f} MB")
         elif isinstance(value, int | float):
-            lines.append(f"{key:26}{value if isinstance(value, int) else f'{value:.4f}'}")
+            lines.append(f"{key:32}{value if isinstance(value, int) else f'{value:.4f}'}")
     lines += [f"    {n} in {place}" for place, n in counters["bank_conflict_places"].items()]
     return "\n".join(lines)
 
@@ -130,6 +134,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     add("--size", type=int, default=224, help="height and width of the images")
     add("--seed", type=int, default=0, help="of the images, and of the emulator's order")
+    add("--train", action="store_true", help="count a training step")
     add("--json", type=Path, metavar="FILE", help="write the counters here")
     args = parser.parse_args(argv)
     if args.batch < 1:
@@ -139,9 +144,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    if (reason := emulator_error()) is not None:
+        print(f"no emulator ({reason}): build with INCEPTION_EXT_EMULATOR=1", file=sys.stderr)
+        return 1
     start = time.perf_counter()
-    counters = count(args.batch, getattr(torch, args.dtype), args.size, args.seed)
-    print(f"GoogLeNet, {args.dtype}, {args.batch} x {args.size} x {args.size}\n")
+    counting = train_counters.count if args.train else count
+    counters = counting(args.batch, getattr(torch, args.dtype), args.size, args.seed)
+    what = "training step" if args.train else "inference"
+    print(f"GoogLeNet, {what}, {args.dtype}, {args.batch} x {args.size} x {args.size}\n")
     print(render(counters, args.batch))
     print(f"\n{time.perf_counter() - start:.0f} s in all")
     if args.json:
@@ -149,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "schema": SCHEMA,
             "schema_version": SCHEMA_VERSION,
             **environment.describe(),
+            "train": args.train,
             "batch": args.batch,
             "dtype": args.dtype,
             "size": args.size,

@@ -48,6 +48,7 @@ class Norm:
         self.gamma = torch.rand(channels, generator=random) + 0.5
         self.beta = torch.randn(channels, generator=random)
         self.arrangement = arrangement
+        self.argmax: Tensor | None = None
 
     @property
     def channels(self) -> int:
@@ -67,11 +68,14 @@ def vectors(tensors: Tensors, norm: Norm) -> dict[str, int]:
     return tensors.fields("READ", mean=norm.mean, rstd=norm.rstd, gamma=norm.gamma, beta=norm.beta)
 
 
-def tile_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+def tile_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the tiles, mean less shift and M2; and shift."""
     tiles = kernels.load_module().chunks(*x.shape)
     mean, m2 = torch.full((2, tiles, x.shape[1]), torch.nan)
+    shift = torch.full((x.shape[1],), torch.nan)
     tensors = Tensors()
-    fields = tensors.fields("READ", x=x) | tensors.fields("WRITE", tile_mean=mean, tile_m2=m2)
+    outputs = {"tile_mean": mean, "tile_m2": m2, "shift": shift}
+    fields = tensors.fields("READ", x=x) | tensors.fields("WRITE", **outputs)
     fields |= {
         "x_stride": x.stride(0),
         "pixels": len(x),
@@ -80,7 +84,7 @@ def tile_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         "dtype": DTYPE_CODE[x.dtype],
     }
     require_success(kernels.load_module().tile_statistics(fields, tensors.declared))
-    return mean, m2
+    return mean, m2, shift
 
 
 def tiles_of(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -102,7 +106,7 @@ def finalize(
         running = {k: v for k, v in item.items() if k.startswith("running")}
         fields.append(
             tensors.fields("READ", tile_mean=item["tile_mean"], tile_m2=item["tile_m2"])
-            | tensors.fields("READ", tile_pixels=item.get("tile_pixels"))
+            | tensors.fields("READ", tile_pixels=item.get("tile_pixels"), shift=item.get("shift"))
             | tensors.fields("WRITE", mean=mean, m2=m2, rstd=rstd)
             | tensors.fields("UPDATE", **running)
             | {
@@ -138,9 +142,12 @@ def apply(norms: list[Norm]) -> list[Tensor]:
 
 
 def backward(
-    norms: list[Norm], batch_statistics: bool = True, wanted: str = "dx dgamma dbeta"
+    norms: list[Norm],
+    batch_statistics: bool = True,
+    wanted: str = "dx dgamma dbeta",
+    pool: dict[str, int] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Reduce, if somebody needs it, and apply."""
+    """Reduce, if somebody needs it, and apply; with a pool, dy is that of its output."""
     module = kernels.load_module()
     x = norms[0].x
     needs_sums = batch_statistics or "d" in wanted.replace("dx", "")
@@ -151,6 +158,7 @@ def backward(
         "count": len(x),
         "batch_statistics": batch_statistics,
         "dtype": DTYPE_CODE[x.dtype],
+        **(pool or {}),
     }
     partials = [torch.full((chunks, 2, norm.channels), torch.nan) for norm in norms]
     results = []
@@ -164,7 +172,7 @@ def backward(
 
     def fields(tensors: Tensors, use: str) -> list[dict[str, int]]:
         return [
-            tensors.fields("READ", x=norm.x, dy=norm.dy)
+            tensors.fields("READ", x=norm.x, dy=norm.dy, argmax=norm.argmax)
             | vectors(tensors, norm)
             | tensors.fields(use, partials=partial if needs_sums else None)
             | (tensors.fields("WRITE", **result) if use == "READ" else {})
@@ -226,11 +234,12 @@ def keep_clear_of_zero(norm: Norm) -> None:
 def test_tile_statistics(dtype, arrangement, shape):
     norm = Norm(*shape, dtype, 0, arrangement)
     with emulator(seed=1) as launches:
-        mean, m2 = tile_statistics(norm.x)
+        mean, m2, shift = tile_statistics(norm.x)
+    assert torch.equal(shift, norm.x[0].float())
     rows = -(-shape[0] // len(mean))
     exact = norm.x.double().split(rows)
     for ours, reference in [
-        (mean, torch.stack([part.mean(0) for part in exact])),
+        (mean + shift, torch.stack([part.mean(0) for part in exact])),
         (m2, torch.stack([part.var(0, correction=0) * len(part) for part in exact])),
     ]:
         assert (ours - reference).abs().max() <= 4e-6 * reference.abs().max()
@@ -247,14 +256,13 @@ def test_tile_statistics_of_a_large_mean():
     x = 1e4 + 1e-2 * torch.randn(4000, 40, generator=generator(1), dtype=torch.float64)
     x = x.float()
     with emulator():
-        mean, m2 = tile_statistics(x)
-        (result,) = finalize(
-            [{"tile_mean": mean, "tile_m2": m2, "pixels": 4000, "rows": -(-4000 // len(mean))}]
-        )
+        mean, m2, shift = tile_statistics(x)
+        item = {"tile_mean": mean, "tile_m2": m2, "shift": shift}
+        (result,) = finalize([item | {"pixels": 4000, "rows": -(-4000 // len(mean))}])
     exact = x.double()
     assert (result["mean"] - exact.mean(0)).abs().max() <= 5.1e-4  # half a unit in the last place
     variance = exact.var(0, correction=0)
-    assert ((result["m2"] / 4000 - variance) / variance).abs().max() < 5e-3
+    assert ((result["m2"] / 4000 - variance) / variance).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("tiles", [1, 3, 130, 830])
@@ -470,12 +478,18 @@ def test_same_bits_for_every_seed(dtype):
             statistics = [tile_statistics(norm.x) for norm in norms]
             merged = finalize(
                 [
-                    {"tile_mean": a, "tile_m2": b, "pixels": 500, "rows": -(-500 // len(a))}
-                    for a, b in statistics
+                    {
+                        "tile_mean": a,
+                        "tile_m2": b,
+                        "shift": c,
+                        "pixels": 500,
+                        "rows": -(-500 // len(a)),
+                    }
+                    for a, b, c in statistics
                 ]
             )
             ys, gradients = apply(norms), backward(norms)
-        flat = [t for pair in statistics for t in pair] + ys
+        flat = [t for parts in statistics for t in parts] + ys
         flat += [t for result in (*merged, *gradients) for t in result.values()]
         runs.append(flat)
     assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))

@@ -17,6 +17,7 @@ KERNELS = (
     "batch_norm_backward.cu",
     "batch_norm_finalize.cu",
     "batch_norm_forward.cu",
+    "batch_norm_max_pool.cu",
     "pack_weights.cu",
 )
 SUCCESS, INVALID_VALUE = 0, 1

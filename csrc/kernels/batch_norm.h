@@ -31,8 +31,10 @@ struct BatchNormTileStatisticsParams {
   int64_t pixels;    // P
   int32_t channels;  // C
   int32_t tiles;     // batch_norm_chunks(P, C)
-  float* tile_mean;  // [tiles, C], of ceil(P / tiles) pixels each, the last of what is left
+  float* tile_mean;  // [tiles, C], of ceil(P / tiles) pixels each, the last of what is left; less
+                     // `shift`, so that float32 holds the digits that tell large means apart
   float* tile_m2;    // [tiles, C]
+  float* shift;      // [C], the first pixel
   DType dtype;
 };
 
@@ -43,6 +45,7 @@ constexpr int kMaxBatchNormFinalizeItems = 6;
 
 struct BatchNormFinalizeItem {
   const float* tile_mean;      // [tiles, C]
+  const float* shift;          // [C], to be added to the tiles' means; may be nullptr: 0
   const float* tile_m2;        // [tiles, C], sum of squared deviations from the tile's mean
   const int32_t* tile_pixels;  // [tiles], may be nullptr: rows_per_tile, the last what is left of P
   int64_t tile_stride;         // elements from one tile to the next, of tile_mean and tile_m2

@@ -101,7 +101,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
   merge_lanes(moments);
   if (lane >= kChannels || !inside) return;
 
-  const float count = moments.count, mean = shift + moments.mean;
+  const float count = moments.count;
+  float mean = shift + moments.mean;
+  if (item.shift != nullptr && item.tiles > 0) mean += load_global(item.shift + c);
   const float variance = count > 0 ? moments.m2 / count : 0.0f;
   store_global(item.mean + c, mean);
   if (item.m2 != nullptr) store_global(item.m2 + c, moments.m2);

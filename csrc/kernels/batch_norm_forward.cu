@@ -19,7 +19,7 @@ namespace {
 constexpr int kUnroll = 4;  // loads of a thread under way
 
 // Welford's steps over a thread's pixels, then Chan's over the threads of a channel. Everything is
-// held relative to the tile's first pixel, so that a large mean costs no digits.
+// held relative to the first pixel, so that a large mean costs no digits.
 //
 // Grid: x over groups of channels, y over tiles.
 template <typename T, int kVec>
@@ -34,11 +34,12 @@ __global__ void __launch_bounds__(kGroupThreads, 3)
   const int64_t begin = blockIdx.y * tile_pixels;
   const int32_t size =
       static_cast<int32_t>(p.pixels - begin < tile_pixels ? p.pixels - begin : tile_pixels);
-  const T* x = static_cast<const T*>(p.x) + begin * p.x_stride + group.channel();
+  const T* first_pixel = static_cast<const T*>(p.x) + group.channel();
+  const T* x = first_pixel + begin * p.x_stride;
   float* shared = reinterpret_cast<float*>(dynamic_shared());
 
   if (group.is_active()) {
-    const Vector<T, kVec> first = load_global<kVec>(x);
+    const Vector<T, kVec> first = load_global<kVec>(first_pixel);
     float mean[kVec] = {}, m2[kVec] = {}, count = 0;
     walk<kUnroll>(
         group.row, size, group.rows,
@@ -96,10 +97,12 @@ __global__ void __launch_bounds__(kGroupThreads, 3)
                    load_shared(other + 2 * kGroupThreads)});
   }
   const int32_t channel = group.channel_at(run * length + slot);
-  const T shift = load_global(static_cast<const T*>(p.x) + begin * p.x_stride + channel);
   const int64_t offset = int64_t{blockIdx.y} * p.channels + channel;
-  store_global(p.tile_mean + offset, to_float(shift) + moments.mean);
+  store_global(p.tile_mean + offset, moments.mean);
   store_global(p.tile_m2 + offset, moments.m2);
+  if (blockIdx.y == 0) {
+    store_global(p.shift + channel, to_float(load_global(static_cast<const T*>(p.x) + channel)));
+  }
 }
 
 // Grid: see BatchNormGrid.
@@ -179,7 +182,7 @@ cudaError_t batch_norm_tile_statistics(const BatchNormTileStatisticsParams& p,
   if (p.pixels < 0 || p.channels < 0 || !is_dtype(p.dtype)) return cudaErrorInvalidValue;
   if (p.pixels == 0 || p.channels == 0) return cudaSuccess;
   if (p.tiles != batch_norm_chunks(p.pixels, p.channels) || p.x == nullptr ||
-      p.tile_mean == nullptr || p.tile_m2 == nullptr) {
+      p.tile_mean == nullptr || p.tile_m2 == nullptr || p.shift == nullptr) {
     return cudaErrorInvalidValue;
   }
   return with_dtype(p.dtype, [&](auto zero) {

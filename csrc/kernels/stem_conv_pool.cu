@@ -20,9 +20,8 @@ namespace inception_ext::kernels {
 namespace {
 
 template <typename Math, int kRows>
-__global__ void __launch_bounds__(PatchTile<kRows, 2>::kThreads, kStemBlocks)
-    stem_conv_pool_kernel(const __grid_constant__ StemConvPoolParams p, int32_t tiles,
-                          bool vectors) {
+__device__ __forceinline__ void compute_tiles(const StemConvPoolParams& p, int32_t tiles,
+                                              bool vectors) {
   using T = typename Math::Element;
   using Tile = PatchTile<kRows, sizeof(T)>;
   constexpr int kSteps = PatchOrder<T>::kChunks / Math::kStepChunks;
@@ -79,13 +78,27 @@ __global__ void __launch_bounds__(PatchTile<kRows, 2>::kThreads, kStemBlocks)
 }
 
 template <typename Math, int kRows>
+__global__ void __launch_bounds__(PatchTile<kRows, 2>::kThreads, kResidentBlocks<kRows>)
+    stem_conv_pool_kernel(const __grid_constant__ StemConvPoolParams p, int32_t tiles,
+                          bool vectors) {
+  if constexpr (kHasStem<Math, kRows>) {
+    compute_tiles<Math, kRows>(p, tiles, vectors);
+  } else {
+    never_launched();
+  }
+}
+
+template <typename Math, int kRows>
 cudaError_t launch_rows(const StemConvPoolParams& p, const DeviceLimits& device,
                         cudaStream_t stream) {
   using T = typename Math::Element;
   using Tile = PatchTile<kRows, sizeof(T)>;
   const int64_t tiles = stem_tiles(kRows, p.batch, p.output_h, p.output_w);
   if (tiles > INT32_MAX) return cudaErrorInvalidValue;
-  const int64_t resident = int64_t{device.multiprocessors} * kStemBlocks;
+  // A multiprocessor has 1 KiB more than one block may use, and keeps 1 KiB of each for itself.
+  const int fitting = (device.shared_bytes + 1024) / (Tile::kSharedBytes + 1024);
+  const int64_t resident =
+      int64_t{device.multiprocessors} * (fitting < kStemBlocks ? fitting : kStemBlocks);
   const dim3 grid(static_cast<unsigned>(tiles < resident ? tiles : resident));
   const bool vectors = is_aligned(p.y, 16) && p.y_stride % kVectorSize<T> == 0;
   note_useful_macs(int64_t{p.batch} * p.conv_h * p.conv_w * kStemFilters * kFilterRow *
@@ -100,8 +113,8 @@ cudaError_t launch_math(const StemConvPoolParams& p, const DeviceLimits& device,
                         cudaStream_t stream) {
   constexpr int kBytes = sizeof(typename Math::Element);
   if constexpr (kBytes == 2 && Math::kStepChunks == 2) {
-    if (stem_tiles(4, p.batch, p.output_h, p.output_w) >= device.multiprocessors &&
-        PatchTile<4, kBytes>::kSharedBytes <= device.shared_bytes) {
+    if (device.capability >= 80 && PatchTile<4, kBytes>::kSharedBytes <= device.shared_bytes &&
+        stem_tiles(4, p.batch, p.output_h, p.output_w) >= device.multiprocessors) {
       return launch_rows<Math, 4>(p, device, stream);
     }
   }

@@ -14,7 +14,7 @@ constexpr int kStemFilters = 64;
 constexpr int kPooledColumns = 14;
 constexpr int kConvColumns = 2 * kPooledColumns + 1;
 constexpr int kFragmentColumns = 32;
-constexpr int kStemBlocks = 2;  // on a multiprocessor: what the kernels leave registers for
+constexpr int kStemBlocks = 2;  // that share a multiprocessor, where its memory allows
 
 // kRows: 4 or 2. kBytes: of an element.
 template <int kRows, int kBytes>
@@ -43,18 +43,19 @@ struct PatchTile : StemTile<kRows, kBytes> {
       kFilterBytes + StemTile<kRows, kBytes>::kConvBytes + kPatchBytes + kStemFilters * 4;
 };
 
-// stem_conv_conv_pool: x and then, in its place, the 1x1 convolution's pixels under the tile, K in
-// tiles of 64 bytes a pixel; filters in a ring of stages, 128 bytes a filter, which shares its
-// memory with the pixels that are pooled.
+// stem_conv_conv_pool: filters in a ring of stages, 128 bytes a filter, which shares its memory
+// with the pixels that are pooled; x and then, in its place, the 1x1 convolution's pixels under the
+// tile, K in tiles of 64 bytes a pixel. Of their 32 columns one is not used: whole rows are a
+// multiple of eight pixels, after which the tiles' pattern repeats. The last fragment reads two
+// pixels past the end, for columns that are not used, and finds the biases there.
 constexpr int kWideFilters = 192;  // of the 3x3 convolution
 
 template <int kRows, int kBytes>
 struct ReducedTile : StemTile<kRows, kBytes> {
-  static constexpr int kColumns = kConvColumns + 2;
+  static constexpr int kColumns = kFragmentColumns;
+  static constexpr int kUsedColumns = kConvColumns + 2;
   static constexpr int kPixels = (StemTile<kRows, kBytes>::kConvRows + 2) * kColumns;
-  // In whole fragments; the columns that are not used read three pixels past the end.
-  static constexpr int kPaddedPixels = (kPixels + 3 + 15) / 16 * 16;
-  static constexpr int kTileBytes = kPaddedPixels * 64;
+  static constexpr int kTileBytes = kPixels * 64;
   static constexpr int kTiles = kStemFilters * kBytes / 64;
   static constexpr int kStages = 4;
   static constexpr int kStageBytes = kStemFilters * 128;
@@ -62,7 +63,7 @@ struct ReducedTile : StemTile<kRows, kBytes> {
                                         ? kStages * kStageBytes
                                         : StemTile<kRows, kBytes>::kConvBytes;
   static constexpr int kSharedBytes =
-      kTiles * kTileBytes + kRingBytes + (kStemFilters + kWideFilters) * 4;
+      kRingBytes + kTiles * kTileBytes + (kStemFilters + kWideFilters) * 4;
 };
 
 // Tiles of the pool's output.

@@ -102,6 +102,44 @@ void stem_conv_pool(Tensor x, Tensor weight, Tensor bias, std::vector<double> sc
                  [&](cudaStream_t stream) { return kernels::stem_conv_pool(params, stream); });
 }
 
+void stem_conv_conv_pool(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2,
+                         bool exact, Tensor y) {
+  static constexpr const char* op = "stem_conv_conv_pool";
+  check_cuda_activation({op, "x", x});
+  check_images(op, x, 64);
+  check_parameter(op, "weight1", weight1, {64, 64}, x.scalar_type());
+  check_parameter(op, "bias1", bias1, {64}, ScalarType::Float);
+  check_parameter(op, "weight2", weight2, {192, 576}, x.scalar_type());
+  check_parameter(op, "bias2", bias2, {192}, ScalarType::Float);
+  const int64_t p = pooled_size(op, "height", x.size(2)), q = pooled_size(op, "width", x.size(3));
+  check_cuda_output(op, x, y, {x.size(0), 192, p, q});
+  const Tensor input = by_pixels(x);
+  const Pixels from(input), to(y);
+  const kernels::StemConvConvPoolParams params{.x = from.data,
+                                               .weight1 = weight1.data_ptr(),
+                                               .bias1 = floats(bias1),
+                                               .weight2 = weight2.data_ptr(),
+                                               .bias2 = floats(bias2),
+                                               .y = to.data,
+                                               .x_stride = from.stride,
+                                               .y_stride = to.stride,
+                                               .batch = x.size(0),
+                                               .input_h = static_cast<int32_t>(x.size(2)),
+                                               .input_w = static_cast<int32_t>(x.size(3)),
+                                               .output_h = static_cast<int32_t>(p),
+                                               .output_w = static_cast<int32_t>(q),
+                                               .dtype = kernel_dtype(x.scalar_type()),
+                                               .exact = exact};
+  launch_kernels(op,
+                 {{"x", input, Use::kRead},
+                  {"weight1", weight1, Use::kRead},
+                  {"bias1", bias1, Use::kRead},
+                  {"weight2", weight2, Use::kRead},
+                  {"bias2", bias2, Use::kRead},
+                  {"y", y, Use::kWrite}},
+                 [&](cudaStream_t stream) { return kernels::stem_conv_conv_pool(params, stream); });
+}
+
 bool stem_fits(Tensor weight) {
   static constexpr const char* op = "stem_fits";
   Argument{op, "weight", weight}
@@ -118,6 +156,7 @@ bool stem_fits(Tensor weight) {
 
 STABLE_TORCH_LIBRARY_IMPL(INCEPTION_EXT_OPS, INCEPTION_EXT_CUDA_KEY, m) {
   m.impl("stem_conv_pool", TORCH_BOX(&stem_conv_pool));
+  m.impl("stem_conv_conv_pool", TORCH_BOX(&stem_conv_conv_pool));
   m.impl("stem_fits", TORCH_BOX(&stem_fits));
 }
 

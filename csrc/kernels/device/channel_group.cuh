@@ -25,6 +25,8 @@ struct ChannelGroup {
   static constexpr int kRuns = kVec / kRun;
   static constexpr int kMaxVectors = kVec == 1 ? 32 : 8;  // more would meet in a bank
   static constexpr int kSums = 2;                         // that are added up for each channel
+  // As many parts as sums are long: shorter chains of additions, smaller rounding errors.
+  static constexpr int kMaxPhases = 16;
   // Floats of shared memory that add_rows takes: what each thread has, then one a thread.
   static constexpr int kScratch = (kSums * kVec + 1) * kGroupThreads;
 
@@ -81,7 +83,7 @@ struct ChannelGroup {
     Cell cell;
     cell.run = threadIdx.x / kSlot;
     cell.phase = slot / length;
-    cell.phases = kSlot / length;
+    cell.phases = kSlot / length < kMaxPhases ? kSlot / length : kMaxPhases;
     cell.offset = slot % length;
     cell.sum = cell.run / kRuns;
     cell.position = cell.run % kRuns * length + cell.offset;

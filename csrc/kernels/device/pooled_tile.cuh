@@ -19,6 +19,20 @@
 
 namespace inception_ext::kernels {
 
+// Whether launchers choose these tiles on the architecture that is compiled for: sm_75 has not the
+// shared memory for four rows.
+template <typename Math, int kRows>
+constexpr bool kHasStem =
+    Math::kExists && (kRows == 2 || kArchitecture == 0 || kArchitecture >= 800);
+
+// Blocks on a multiprocessor that registers are left for: shared memory of 100 KiB holds one of
+// four rows.
+template <int kRows>
+constexpr int kResidentBlocks =
+    kRows == 4 && (kArchitecture == 860 || kArchitecture == 890 || kArchitecture == 1200)
+        ? 1
+        : kStemBlocks;
+
 // Column 8 * j + 2 * t + e of C, which lane t of four holds, is element 2 * j + e of vector t.
 template <typename T>
 __device__ __forceinline__ int filter_of_column(int column) {
@@ -40,6 +54,14 @@ __device__ __forceinline__ void start_sums(float (&c)[kCount][8][4], const float
       for (int i = 0; i < 4; ++i) c[f][j][i] = pair.data[i % 2];
     }
   }
+}
+
+template <int kCount>
+__device__ __forceinline__ void add_sums(float (&c)[kCount][8][4],
+                                         const float (&other)[kCount][8][4]) {
+#pragma unroll
+  for (int i = 0; i < kCount * 32; ++i)
+    c[i / 32][i / 4 % 8][i % 4] += other[i / 32][i / 4 % 8][i % 4];
 }
 
 // Zero where negative; NaN stays.

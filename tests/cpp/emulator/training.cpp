@@ -63,8 +63,30 @@ void fill(const py::dict& fields, PoolWindow& to) {
   INCEPTION_EXT_READ(padding_w);
 }
 
+void fill(const py::dict& fields, PixelStrides& to, const char* name) {
+  const auto strides = py::cast<std::vector<int64_t>>(fields[name]);
+  to = {strides.at(0), strides.at(1), strides.at(2)};
+}
+
+void fill(const py::dict& fields, MaxPoolForwardParams& to) {
+  INCEPTION_EXT_READ(x);
+  INCEPTION_EXT_READ(y);
+  INCEPTION_EXT_READ(argmax);
+  fill(fields, to.x_stride, "x_stride");
+  fill(fields, to.y_stride, "y_stride");
+  INCEPTION_EXT_READ(batch);
+  INCEPTION_EXT_READ(channels);
+  INCEPTION_EXT_READ(input_h);
+  INCEPTION_EXT_READ(input_w);
+  INCEPTION_EXT_READ(output_h);
+  INCEPTION_EXT_READ(output_w);
+  fill(fields, to.window);
+  INCEPTION_EXT_READ(dtype);
+}
+
 void fill(const py::dict& fields, BatchNormFinalizeItem& to) {
   INCEPTION_EXT_READ(tile_mean);
+  INCEPTION_EXT_READ(shift);
   INCEPTION_EXT_READ(tile_m2);
   INCEPTION_EXT_READ(tile_pixels);
   INCEPTION_EXT_READ(tile_stride);
@@ -139,6 +161,7 @@ int tile_statistics(const py::dict& fields, const std::vector<Tensor>& tensors) 
   INCEPTION_EXT_READ(tiles);
   INCEPTION_EXT_READ(tile_mean);
   INCEPTION_EXT_READ(tile_m2);
+  INCEPTION_EXT_READ(shift);
   INCEPTION_EXT_READ(dtype);
   return run(batch_norm_tile_statistics, to, tensors);
 }
@@ -156,6 +179,16 @@ int apply(const std::vector<py::dict>& items, const py::dict& fields,
   INCEPTION_EXT_READ(pixels);
   INCEPTION_EXT_READ(dtype);
   return run(batch_norm_relu_apply, to, tensors);
+}
+
+int max_pool(const py::dict& fields, const std::vector<Tensor>& tensors) {
+  BatchNormReluMaxPoolParams to = {};
+  fill(fields, to.pool);
+  INCEPTION_EXT_READ(mean);
+  INCEPTION_EXT_READ(rstd);
+  INCEPTION_EXT_READ(gamma);
+  INCEPTION_EXT_READ(beta);
+  return run(batch_norm_relu_max_pool, to, tensors);
 }
 
 template <cudaError_t (*launcher)(const BatchNormReluBackwardParams&, cudaStream_t)>
@@ -201,6 +234,7 @@ PYBIND11_MODULE(training_kernels, m) {
   m.def("tile_statistics", &tile_statistics);
   m.def("finalize", &finalize);
   m.def("apply", &apply);
+  m.def("max_pool", &max_pool);
   m.def("backward_reduce", &backward<batch_norm_relu_backward_reduce>);
   m.def("backward_apply", &backward<batch_norm_relu_backward_apply>);
   m.def("pack_fprop", &pack<pack_fprop_weights>);
