@@ -22,7 +22,7 @@ def test_every_run_is_a_command_that_parses(bench):
     import argparse
 
     plan = bench.commands(threads=1)
-    assert len(plan) == 2 * 3 + 1 + 2 * 3 + 2 * bench.TURNS
+    assert len(plan) == 2 * 3 + 2 + 2 * 3 + 2 * bench.TURNS
     for arguments in plan.values():
         parser = argparse.ArgumentParser()
         _commands()[arguments[0]].add_arguments(parser)
@@ -43,7 +43,7 @@ def test_a_finished_run_is_not_run_again(bench, tmp_path, monkeypatch):
 def test_the_readme_says_what_was_measured(bench):
     result = json.loads(RESULT.read_text())
     assert {run["name"] for run in result["training"]} == {
-        name for name in result["commands"] if name.startswith(("with", "eager"))
+        name for name in result["commands"] if name.startswith(("with", "eager", "nchw"))
     }
     text = (ROOT / "README.md").read_text()
     section = text.split("recipe-digits.json -->\n")[1].split("<!-- end -->")[0]

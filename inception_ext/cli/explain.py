@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flow.add_argument("--aux-weight", type=positive_float, default=0.3, help="default: 0.3")
     flow.add_argument("-b", "--batch-size", type=positive, default=32, help="default: 32")
     flow.add_argument("--lr", type=positive_float, default=0.05, help="default: 0.05")
+    flow.add_argument("--opt", choices=["sgd", "adamw"], default="sgd", help="default: sgd")
     flow.add_argument("--train-crop-size", type=positive, metavar="PIXELS")
     flow.add_argument("--seed", type=non_negative, default=0)
     flow.add_argument("-j", "--workers", type=non_negative, default=0)
@@ -72,7 +73,7 @@ def _gradient_flow(args: argparse.Namespace) -> int:
     from inception_ext.training.recipe import Recipe
 
     names = ("data", "synthetic", "num_classes", "variant", "aux_weight", "batch_size")
-    more = ("lr", "train_crop_size", "seed", "workers")
+    more = ("lr", "opt", "train_crop_size", "seed", "workers")
     recipe = Recipe(device="cpu", **{name: getattr(args, name) for name in (*names, *more)})
     try:
         result = gradient_flow.measure(recipe, args.steps)
