@@ -217,7 +217,8 @@ def render(result: dict[str, Any]) -> str:
         f"computation rounded otherwise, is {apart(nchw):.3f} away from eager in channels_last. "
         f"After {EPOCHS} epochs the main softmax is right for {last[0]:.2%} (fused), "
         f"{last[1]:.2%} (eager) and {last[2]:.2%} (eager, NCHW). A training step of 16 images of "
-        f"64 x 64, optimizer included, takes {1e3 * times['fused']:.0f} ms fused and {1e3 * times['eager']:.0f} ms "
+        f"64 x 64, optimizer included, takes {1e3 * times['fused']:.0f} ms fused and "
+        f"{1e3 * times['eager']:.0f} ms "
         f"eager ({times['eager'] / times['fused']:.2f}x; medians of "
         f"{len(result['step_seconds']['fused'])} steps each).",
     ]
