@@ -15,10 +15,11 @@ import shlex
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from environment import commit, describe
+from environment import Company, commit, describe
 
 SCHEMA, SCHEMA_VERSION = "inception_ext.bench_recipe", 1
 SEEDS = (0, 1, 2)
@@ -38,10 +39,7 @@ DIGITS = (
 )
 TRAIN = ("train", *DIGITS, "--epochs", str(EPOCHS), "--lr-warmup-epochs", "0.5", "--wd", "0.05")
 FLOW = ("explain", "gradient-flow", *DIGITS, "--steps", "10")
-# Some steps, often enough to time them: fused and eager take turns.
-TIMED = ("train", "--synthetic", "--synthetic-size", "240", "--val-share", "0.01", "--epochs", "1")
-TIMED += ("--num-classes", "10", "--batch-size", "16", "--train-crop-size", "64", "--keep", "1")
-TURNS = 2
+TIMED_STEPS, WARM_UP = 25, 5
 
 
 def commands(threads: int) -> dict[str, list[str]]:
@@ -56,9 +54,6 @@ def commands(threads: int) -> dict[str, list[str]]:
     for variant in ("torchvision", "bvlc"):
         for seed in SEEDS:
             runs[f"flow-{variant}-{seed}"] = [*FLOW, "--seed", str(seed), "--variant", variant]
-    for turn in range(TURNS):
-        runs[f"timed-fused-{turn}"] = [*TIMED]
-        runs[f"timed-eager-{turn}"] = [*TIMED, "--no-fused"]
     return {name: [*run, "--threads", str(threads)] for name, run in runs.items()}
 
 
@@ -138,16 +133,56 @@ def collect(folders: dict[str, Path], plan: dict[str, list[str]]) -> dict[str, A
                     "median_norm": norms,
                 }
             )
-    result["step_seconds"] = {
-        kind: [t for turn in range(TURNS) for t in _times(folders[f"timed-{kind}-{turn}"])]
-        for kind in ("fused", "eager")
-    }
     return result
 
 
-def _times(folder: Path) -> list[float]:
-    """Seconds of each step but the first five, which warm up."""
-    return read_steps(folder)["seconds"][5:]
+def time_steps(threads: int) -> dict[str, Any]:
+    """Seconds of training steps, optimizer included, fused and eager in turns on the same batches.
+
+    CPU time of the process: where others use the cores too, the wall clock measures them.
+    """
+    import torch
+
+    from inception_ext.functional import use_kernels
+    from inception_ext.training.data import open_data
+    from inception_ext.training.distributed import World
+    from inception_ext.training.loop import Output, Trainer
+    from inception_ext.training.network import set_training
+    from inception_ext.training.recipe import Recipe
+    from inception_ext.training.report import Pace
+
+    torch.set_num_threads(threads)
+    images, size = 16, 64
+    recipe = Recipe(
+        synthetic=True,
+        synthetic_size=images * (TIMED_STEPS + WARM_UP),
+        num_classes=10,
+        batch_size=images,
+        train_crop_size=size,
+        lr=1e-3,
+    )
+    data = open_data(recipe)
+    trainers = {}
+    for kind in ("fused", "eager"):
+        trainer = Trainer(recipe, data, World("cpu"), Output(Path("unused")))
+        trainer._pace = Pace()
+        set_training(trainer.state.model, recipe)
+        trainers[kind] = trainer
+    seconds: dict[str, list[float]] = {kind: [] for kind in trainers}
+    observer = Company()
+    for number, batch in enumerate(trainers["fused"].batches.train(0)):
+        for kind in sorted(trainers, reverse=bool(number % 2)):
+            with use_kernels(kind == "fused"):
+                start = time.process_time()
+                trainers[kind]._step(batch)
+                seconds[kind].append(time.process_time() - start)
+    return {
+        "images": images,
+        "size": size,
+        "threads": threads,
+        "others_cores": observer.cores(),
+        "cpu_seconds": {kind: values[WARM_UP:] for kind, values in seconds.items()},
+    }
 
 
 def render(result: dict[str, Any]) -> str:
@@ -209,18 +244,20 @@ def render(result: dict[str, Any]) -> str:
         pairs = zip(run["losses"]["main"], eager["losses"]["main"], strict=True)
         return statistics.mean(abs(a - b) for a, b in pairs)
 
-    times = {kind: statistics.median(values) for kind, values in result["step_seconds"].items()}
+    steps = result["steps"]
+    times = {kind: 1e3 * statistics.median(v) for kind, v in steps["cpu_seconds"].items()}
     lines += [
         "",
         f"Fused against eager, seed 0: the first loss differs by {first:.0e} of itself, later ones "
         f"as rounding grows, on average by {apart(fused):.3f}; eager in NCHW, the same "
         f"computation rounded otherwise, is {apart(nchw):.3f} away from eager in channels_last. "
         f"After {EPOCHS} epochs the main softmax is right for {last[0]:.2%} (fused), "
-        f"{last[1]:.2%} (eager) and {last[2]:.2%} (eager, NCHW). A training step of 16 images of "
-        f"64 x 64, optimizer included, takes {1e3 * times['fused']:.0f} ms fused and "
-        f"{1e3 * times['eager']:.0f} ms "
-        f"eager ({times['eager'] / times['fused']:.2f}x; medians of "
-        f"{len(result['step_seconds']['fused'])} steps each).",
+        f"{last[1]:.2%} (eager) and {last[2]:.2%} (eager, NCHW). A training step of "
+        f"{steps['images']} images of {steps['size']} x {steps['size']}, optimizer included, takes "
+        f"{times['fused']:.0f} ms of CPU time fused and {times['eager']:.0f} ms eager "
+        f"({times['eager'] / times['fused']:.2f}x; medians of {len(steps['cpu_seconds']['fused'])} "
+        f"steps each, in turns, one thread; other programs used {steps['others_cores']:.1f} of "
+        f"{machine['cores']} cores meanwhile).",
     ]
     return "\n".join(lines)
 
@@ -266,6 +303,7 @@ def main() -> None:
             run(arguments, folders[name])
     if args.json:
         result = collect(folders, plan)
+        result["steps"] = time_steps(args.threads)
         result["threads_per_run"] = args.threads
         args.json.write_text(json.dumps(result, indent=1) + "\n")
         save_curves(result, args.json.with_suffix(".png"))
