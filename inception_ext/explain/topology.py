@@ -10,8 +10,8 @@ from torch import nn
 
 from inception_ext._blocks import AUXILIARY, Block, block_names, measure_blocks
 from inception_ext._files import replace_file
+from inception_ext._fold import is_inception
 from inception_ext._fuse import fused_step
-from inception_ext._steps import FoldedInception
 
 __all__ = ["launches", "save_picture"]
 
@@ -44,7 +44,7 @@ def launches(model: Any) -> list[list[str]]:
             if number > len(modules):
                 continue
             step = fused_step(modules[:number], not found, torch.float32)
-            if isinstance(step, FoldedInception):
+            if step is not None and is_inception(modules[0]):
                 found += [[f"{names[0]}.1"], [f"{names[0]}.2"]]
             elif step is not None:
                 found.append(names[:number])
