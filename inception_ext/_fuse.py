@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from inception_ext import _library
 from inception_ext._fold import fold, is_foldable, is_inception, is_plain
 from inception_ext._steps import (
     LRN,
@@ -48,9 +49,11 @@ def fused_step(modules: Sequence[nn.Module], first: bool, dtype: torch.dtype) ->
         first: whether they read the images.
     """
     if len(modules) == 3 and _is_stem_conv_conv_pool(*modules):
-        return StemConvConvPool(_problem(modules[0], dtype), _problem(modules[1], dtype))
+        conv2, conv3 = _problem(modules[0], dtype), _problem(modules[1], dtype)
+        return StemConvConvPool(conv2, conv3) if _stem_fits(conv2) else None
     if len(modules) == 2 and first and _is_stem_conv_pool(*modules):
-        return StemConvPool(_problem(modules[0], dtype))
+        conv1 = _problem(modules[0], dtype)
+        return StemConvPool(conv1) if _stem_fits(conv1) else None
     if len(modules) != 1 or first:
         return None
     module: Any = modules[0]
@@ -119,6 +122,11 @@ def has_two_launches(block: Any) -> bool:
 def _keeps_size(conv: Any, size: int) -> bool:
     window = (conv.kernel_size, conv.stride, conv.padding)
     return window == ((size, size), (1, 1), (size // 2, size // 2))
+
+
+def _stem_fits(problem: Problem) -> bool:
+    """Whether the device has shared memory for the stem's kernels (sm_75: not in float32)."""
+    return bool(_library.ops(problem.weight).stem_fits(problem.weight))
 
 
 def _is_stem_pool(module: nn.Module) -> bool:
