@@ -9,16 +9,6 @@ import pytest
 import torch
 from kernel_devices import needs_emulator
 
-from inception_ext.testing import emulator_error
-
-pytestmark = pytest.mark.skipif(
-    emulator_error() is None
-    and not torch._C._dispatch_has_kernel_for_dispatch_key(
-        "inception_ext_emulated::stem_conv_conv_pool", "CPU"
-    ),
-    reason="stem_conv_conv_pool has no kernel yet",
-)
-
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 

@@ -29,15 +29,7 @@ import inception_ext
 from inception_ext import _frozen_cuda, functional
 from inception_ext.engine import Engine, freeze
 from inception_ext.modules import BasicConv2d, Inception
-from inception_ext.testing import emulated, emulator_error
-
-pytestmark = pytest.mark.skipif(
-    emulator_error() is None
-    and not torch._C._dispatch_has_kernel_for_dispatch_key(
-        "inception_ext_emulated::stem_conv_conv_pool", "CPU"
-    ),
-    reason="stem_conv_conv_pool has no kernel yet",
-)
+from inception_ext.testing import emulated
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
