@@ -126,7 +126,10 @@ def _keeps_size(conv: Any, size: int) -> bool:
 
 def _stem_fits(problem: Problem) -> bool:
     """Whether the device has shared memory for the stem's kernels (sm_75: not in float32)."""
-    return bool(_library.ops(problem.weight).stem_fits(problem.weight))
+    weight = problem.weight
+    if _library.device_type(weight) != "cuda":
+        return True  # where launches are only planned
+    return bool(_library.ops(weight).stem_fits(weight))
 
 
 def _is_stem_pool(module: nn.Module) -> bool:

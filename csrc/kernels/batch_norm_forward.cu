@@ -23,7 +23,7 @@ constexpr int kUnroll = 4;  // loads of a thread under way
 //
 // Grid: x over groups of channels, y over tiles.
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kGroupThreads, 3)
+__global__ void __launch_bounds__(kGroupThreads, 2)
     batch_norm_tile_statistics_kernel(const __grid_constant__ BatchNormTileStatisticsParams p,
                                       int64_t tile_pixels) {
   wait_for_previous_kernel();
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kGroupThreads, 3)
 
 // Grid: see BatchNormGrid.
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kGroupThreads, 3)
+__global__ void __launch_bounds__(kGroupThreads, 2)
     batch_norm_relu_apply_kernel(const __grid_constant__ BatchNormReluApplyParams p,
                                  const __grid_constant__ BatchNormGrid grid) {
   wait_for_previous_kernel();

@@ -17,7 +17,7 @@ class PlainGradient {
  public:
   using Element = T;
   static constexpr int kVec = kVecSize;
-  static constexpr int kMinBlocks = 3;  // that registers have to leave room for
+  static constexpr int kMinBlocks = 2;  // that registers have to leave room for
   using Gradient = Vector<T, kVec>;
 
   __device__ __forceinline__ PlainGradient(const BatchNormReluBackwardParams& /*p*/,
