@@ -170,9 +170,6 @@ def test_nan_is_not_ok(monkeypatch):
 @needs_emulator
 def test_a_frozen_network_on_the_emulator(monkeypatch, job):
     """As on a GPU: every launch is caught and right, and they do the work that floors.py counts."""
-    op = "inception_ext_emulated::stem_conv_conv_pool"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU"):
-        pytest.skip("no kernel yet")
     correctness, floors = module(monkeypatch, "gpu_correctness"), module(monkeypatch, "floors")
     kernels = module(monkeypatch, "gpu_kernels")
     model = inception_ext.googlenet(aux_logits=False, init_weights=False)
