@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from inception_ext import functional
+from inception_ext._gate import why_module_reference
 
 __all__ = ["fold", "is_foldable", "is_inception", "is_plain"]
 
@@ -14,7 +14,7 @@ __all__ = ["fold", "is_foldable", "is_inception", "is_plain"]
 def is_plain(module: Any, kind: type[nn.Module]) -> bool:
     return (
         isinstance(module, nn.Module)
-        and functional.why_module_reference(module, kind) is None
+        and why_module_reference(module, kind) is None
         and not _has_any_global_hook()
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inception_ext import _frozen, functional
+from inception_ext import _frozen, _gate
 from inception_ext._frozen import Convolution, Frozen, Inception, Pool, Step, run_in_slices
 from inception_ext._plan import CONVOLUTION, INCEPTION, POOL, pool_sizes
 
@@ -53,8 +53,8 @@ def _takes_op(x: Tensor) -> bool:
     """Whether x is a plain tensor, outside of anything that traces or transforms the call."""
     return (
         not torch.compiler.is_compiling()
-        and functional.why_unavailable() is None
-        and functional._why_transformed() is None
+        and _gate.why_unavailable() is None
+        and _gate.why_transformed() is None
         and type(x) is Tensor
         and x.numel() > 0
         and _frozen.has_fused_convolution(x)
@@ -84,7 +84,7 @@ def _is_known(step: Step) -> bool:
 def _window(pool: Any) -> list[int] | None:
     """Kernel, stride, padding of a max pool, each as height and width; None: not for the op."""
     kernel, stride, padding, dilation = (
-        functional._pair(v) or [0, 0]
+        _gate.pair(v) or [0, 0]
         for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
     )
     if pool.return_indices or dilation != [1, 1] or kernel[0] * kernel[1] > 255:

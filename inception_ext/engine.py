@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inception_ext import _library, functional
+from inception_ext import _gate, _library
 from inception_ext._compiled import call_engine, number
 from inception_ext._fold import is_inception
 from inception_ext._frozen import BODY, STEM, Frozen
@@ -161,7 +161,7 @@ class Engine:
     def _network_for(self, x: Tensor) -> Any:
         """The network in kernels or, where these do not take x, in PyTorch's operations."""
         kind: type[Frozen | FusedNetwork] = FrozenCpu if x.device.type == "cpu" else Frozen
-        if functional.why_inference_reference(x, self.dtype) is None:
+        if _gate.why_inference_reference(x, self.dtype) is None:
             kind = FusedNetwork
         networks = self._networks
         if kind not in networks:
@@ -223,7 +223,7 @@ class Engine:
     def _to_nhwc(self, images: Images) -> Tensor:
         x = images.pixels
         kernel_takes = x.dtype in (torch.uint8, *_CPU_DTYPES) and self.dtype in _CPU_DTYPES
-        if functional.why_unavailable() is None and x.device.type == "cpu" and kernel_takes:
+        if _gate.why_unavailable() is None and x.device.type == "cpu" and kernel_takes:
             return torch.ops.inception_ext.image_to_nhwc(
                 x, list(images.scale), list(images.shift), self.dtype
             )

@@ -8,10 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inception_ext import functional, reference
-from inception_ext.functional import (
+from inception_ext._gate import (
+    runs_on_cpu,
     why_hooked,
     why_module_reference,
+    why_no_chain_kernel,
     why_no_kernel,
+    why_pool_reference,
+    why_unavailable,
 )
 
 __all__ = ["BasicConv2d", "Inception", "InceptionAux"]
@@ -64,7 +68,7 @@ def _chain_settings(blocks: list[Any], pool: Any, x: Tensor) -> tuple[Any, ...] 
 
     Counts the batch where it can.
     """
-    if why_no_kernel(x) is not None or functional.runs_on_cpu(x):
+    if why_no_kernel(x) is not None or runs_on_cpu(x):
         return None
     window: tuple[list[int], list[int], list[int]] = ([], [], [])
     for block in blocks:
@@ -92,7 +96,7 @@ def _chain_settings(blocks: list[Any], pool: Any, x: Tensor) -> tuple[Any, ...] 
     bns = [block.bn for block in blocks]
     conv_weights = [block.conv.weight for block in blocks]
     training = bns[0].training
-    if functional.why_no_chain_kernel(x, conv_weights, *window, training) is not None:
+    if why_no_chain_kernel(x, conv_weights, *window, training) is not None:
         return None
     if training:
         torch._foreach_add_([bn.num_batches_tracked for bn in bns], 1)
@@ -242,7 +246,7 @@ class Inception(nn.Module):
             return _inception(self, x)
 
     def extra_repr(self) -> str:
-        reason = functional.why_unavailable() or why_block_reference(self)
+        reason = why_unavailable() or why_block_reference(self)
         return "fused" if reason is None else f"not fused: {reason}"
 
 
@@ -329,7 +333,7 @@ def max_pool(pool: Any, x: Tensor) -> Tensor:
     if (
         torch.jit.is_scripting()
         or why_module_reference(pool, nn.MaxPool2d) is not None
-        or functional.why_pool_reference(x, pool.kernel_size, pool.stride) is not None
+        or why_pool_reference(x, pool.kernel_size, pool.stride) is not None
         or pool.dilation != 1
         or pool.return_indices
     ):

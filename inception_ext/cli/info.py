@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from inception_ext import _library, functional
+from inception_ext import _gate, _library
 from inception_ext._console import say
 from inception_ext.cli import _cuda
 
@@ -96,8 +96,8 @@ def _cpu() -> dict[str, Any]:
 
 def _paths(binary: Mapping[str, Any], devices: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """``name``, ``active`` and ``why`` of each way that a call may go."""
-    unavailable = functional.why_unavailable()
-    cpu = unavailable or functional.why_reference(torch.empty(1, 8, 4, 4))
+    unavailable = _gate.why_unavailable()
+    cpu = unavailable or _gate.why_reference(torch.empty(1, 8, 4, 4))
     taken = f"float32 and bfloat16, {binary['cpu_isa']} kernels"
     cuda = _why_no_cuda(unavailable, binary, devices)
     active = [name for name, why in (("CPU", cpu), ("CUDA", cuda)) if why is None]
@@ -131,9 +131,9 @@ def _why_no_cuda(
 def _cuda_ops() -> str:
     """Which ops have a CUDA kernel in this version."""
     x = torch.empty(1, 8, 4, 4, device="cuda", dtype=torch.float16)
-    if functional.why_reference(x) is None:
+    if _gate.why_reference(x) is None:
         return "float16, bfloat16 and float32"
-    if functional.why_pool_reference(x, 3, 2) is None:
+    if _gate.why_pool_reference(x, 3, 2) is None:
         return "max pool: float16, bfloat16 and float32; the rest has none yet"
     return "none in this version"
 
