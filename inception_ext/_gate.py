@@ -23,6 +23,7 @@ __all__ = [
     "use_kernels",
     "why_hooked",
     "why_inference_reference",
+    "why_lrn_reference",
     "why_module_reference",
     "why_no_chain_kernel",
     "why_no_kernel",
@@ -190,6 +191,19 @@ def why_pool_reference(
     if x.shape[2] < kernel[0] or x.shape[3] < kernel[1]:
         return "input smaller than the window"  # the reference words the error, if it is one
     return None
+
+
+def why_lrn_reference(x: Tensor, size: int, alpha: float, beta: float, k: float) -> str | None:
+    """As :func:`why_reference`, for :func:`inception_ext.functional.lrn`."""
+    if (reason := why_no_kernel(x)) is not None:
+        return reason
+    if runs_on_cpu(x):
+        return "no kernel for local response normalisation on cpu"
+    if not isinstance(size, int) or size < 1:  # the reference words the error
+        return "a window that is not a positive integer"
+    if not all(isinstance(number, int | float) for number in (alpha, beta, k)):
+        return "a factor that is not a number"
+    return "an empty image" if 0 in x.shape[1:] else None
 
 
 @torch.compiler.assume_constant_result  # while tracing: a device stays what it is

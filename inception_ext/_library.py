@@ -368,6 +368,12 @@ def _conv_chain_backward_fake(
     )
 
 
+def _lrn_backward_fake(
+    grad: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float
+) -> Tensor:
+    return _nhwc(x, *x.shape)
+
+
 def _image_to_nhwc_fake(
     x: Tensor, scale: list[float], shift: list[float], dtype: torch.dtype
 ) -> Tensor:
@@ -486,6 +492,7 @@ def register(namespace: str) -> None:
         ("inception_backward", _inception_backward_fake),
         ("conv_chain_forward", _conv_chain_forward_fake),
         ("conv_chain_backward", _conv_chain_backward_fake),
+        ("lrn_backward", _lrn_backward_fake),
         ("image_to_nhwc", _image_to_nhwc_fake),
         ("copy_channels", _copy_channels_fake),
         *((name, _writes_only) for name in (*INFERENCE_OPS, "conv_wgrad")),

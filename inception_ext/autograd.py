@@ -17,7 +17,7 @@ from inception_ext import _library, reference
 __all__ = ["BatchNormRelu", "ConvChain", "Inception", "MaxPool"]
 
 
-def _needs_reference(grad: Tensor) -> bool:
+def needs_reference(grad: Tensor) -> bool:
     """Whether the backward that runs now is to be differentiated or batched, as no op can be."""
     if torch.compiler.is_compiling():
         return False
@@ -29,7 +29,7 @@ def _needs_reference(grad: Tensor) -> bool:
     )
 
 
-def _reference_gradients(
+def reference_gradients(
     function: Callable[..., Tensor], grad: Tensor, inputs: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Gradients of those inputs that need one, differentiable if asked for; None for the others."""
@@ -69,7 +69,7 @@ class MaxPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (argmax,) = ctx.saved_tensors
-        if _needs_reference(grad):
+        if needs_reference(grad):
             dx = _scatter_to_windows(grad, argmax, ctx.input_size, *ctx.window)
         else:
             dx = _library.ops(grad).max_pool_backward(grad, argmax, ctx.input_size, *ctx.window)
@@ -124,12 +124,12 @@ class BatchNormRelu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         gradients: list[Tensor | None]
-        if _needs_reference(grad):
+        if needs_reference(grad):
 
             def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
                 return _batch_norm_relu(x, weight, bias, mean, rstd, ctx.training, ctx.eps)
 
-            gradients = _reference_gradients(function, grad, [x, weight, bias])
+            gradients = reference_gradients(function, grad, [x, weight, bias])
         else:
             gradients = list(
                 _library.ops(grad).batch_norm_relu_backward(
@@ -204,14 +204,14 @@ class Inception(torch.autograd.Function):
         conv_weights, weights, biases = parameters[:6], parameters[6:12], parameters[12:]
         needs = list(ctx.needs_input_grad[6:])  # x, then the parameters
         gradients: list[Tensor | None]
-        if _needs_reference(grad):
+        if needs_reference(grad):
             mean, rstd = saved[-2:]
 
             def function(x: Tensor, *p: Tensor) -> Tensor:
                 lists = ([weight.to(x.dtype) for weight in p[:6]], p[6:12], p[12:])
                 return _inception(x, *lists, mean, rstd, ctx.training, ctx.eps)
 
-            gradients = _reference_gradients(function, grad, [x, *parameters])
+            gradients = reference_gradients(function, grad, [x, *parameters])
         else:
             dx, conv_weight_grads, weight_grads, bias_grads = _library.ops(x).inception_backward(
                 grad,
@@ -307,14 +307,14 @@ class ConvChain(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[9:])  # x, then the parameters
         length = len(parameters) // 3
         gradients: list[Tensor | None]
-        if _needs_reference(grad):
+        if needs_reference(grad):
             mean, rstd = saved[-2:]
 
             def function(x: Tensor, *p: Tensor) -> Tensor:
                 window = ctx.window
                 return _conv_chain(x, _thirds(p), (mean, rstd), window, training, eps)
 
-            gradients = _reference_gradients(function, grad, [x, *parameters])
+            gradients = reference_gradients(function, grad, [x, *parameters])
         else:
             dx, *lists = _library.ops(x).conv_chain_backward(
                 grad,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inception_ext.googlenet import GoogLeNet
-from inception_ext.modules import Inception, InceptionAux
+from inception_ext.modules import Inception, InceptionAux, lrn, max_pool
 
 __all__ = ["BVLCGoogLeNet", "BVLCInceptionAux", "ConvReLU", "bvlc_googlenet"]
 
@@ -115,13 +115,16 @@ class BVLCGoogLeNet(GoogLeNet):
 
     def _to_4a(self, x: Tensor) -> Tensor:
         x = self.conv1(x)  # [N, 64, 112, 112] for 224 x 224 images
-        x = self.lrn1(self.maxpool1(x))  # [N, 64, 56, 56]
-        x = self.conv2(x)
-        x = self.lrn2(self.conv3(x))  # [N, 192, 56, 56]
-        x = self.maxpool2(x)  # [N, 192, 28, 28]
+        if torch.jit.is_scripting():
+            x = self.lrn1(self.maxpool1(x))
+            x = self.maxpool2(self.lrn2(self.conv3(self.conv2(x))))
+        else:
+            x = lrn(self.lrn1, max_pool(self.maxpool1, x))  # [N, 64, 56, 56]
+            x = lrn(self.lrn2, self.conv3(self.conv2(x)))  # [N, 192, 56, 56]
+            x = max_pool(self.maxpool2, x)  # [N, 192, 28, 28]
         x = self.inception3a(x)
         x = self.inception3b(x)  # [N, 480, 28, 28]
-        x = self.maxpool3(x)  # [N, 480, 14, 14]
+        x = self.maxpool3(x) if torch.jit.is_scripting() else max_pool(self.maxpool3, x)
         return self.inception4a(x)  # [N, 512, 14, 14]
 
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from inception_ext import _library, autograd, reference
+from inception_ext import _library, _weightless, autograd, reference
 from inception_ext._gate import (
     PLAIN_TYPES,
     needs_grad,
     pair,
     use_kernels,
     why_inference_reference,
+    why_lrn_reference,
     why_no_chain_kernel,
     why_no_kernel,
     why_pool_reference,
@@ -32,6 +33,7 @@ __all__ = [
     "conv_chain",
     "folded_inception",
     "inception",
+    "lrn",
     "max_pool",
     "use_kernels",
     "why_reference",
@@ -295,6 +297,22 @@ def _convolutions_fit(x: Tensor, weights: Sequence[Tensor]) -> bool:
         and size[1:] == (c, r, r)
         for weight, size, c, r in zip(weights, sizes, inputs, kernels, strict=True)
     )
+
+
+def lrn(
+    x: Tensor, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> Tensor:
+    """:func:`inception_ext.reference.lrn`, channels_last, computed in float32.
+
+    float16, bfloat16 and float32 on CUDA; the reference elsewhere. Under autocast the result is
+    float32, as the reference's is.
+    """
+    window = (size, alpha, beta, k)
+    if why_lrn_reference(x, *window) is not None:
+        return reference.lrn(x, *window)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.float()
+    return _weightless.Lrn.apply(x, *window) if needs_grad(x) else _weightless.lrn(x, *window)
 
 
 def folded_inception(

@@ -11,6 +11,7 @@ from inception_ext import functional, reference
 from inception_ext._gate import (
     runs_on_cpu,
     why_hooked,
+    why_lrn_reference,
     why_module_reference,
     why_no_chain_kernel,
     why_no_kernel,
@@ -339,6 +340,15 @@ def max_pool(pool: Any, x: Tensor) -> Tensor:
     ):
         return pool(x)
     return functional.max_pool(x, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
+
+
+def lrn(norm: Any, x: Tensor) -> Tensor:
+    """Calls an ``nn.LocalResponseNorm`` through the kernels where they can stand in for it."""
+    if why_module_reference(norm, nn.LocalResponseNorm) is None:
+        window = (norm.size, norm.alpha, norm.beta, norm.k)
+        if why_lrn_reference(x, *window) is None:
+            return functional.lrn(x, *window)
+    return norm(x)
 
 
 class InceptionAux(nn.Module):

@@ -1,4 +1,4 @@
-// Launcher of the NHWC local response normalisation.
+// Launchers of the NHWC local response normalisation, forward and backward.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,9 +7,10 @@
 
 namespace inception_ext::kernels {
 
-// Starts at most one kernel on `stream` of the current device, allocates nothing and waits for
-// nothing. No pixels or C = 0 is a success without a launch. x and y do not overlap.
-// cudaErrorInvalidValue: a size, dtype or null pointer that it does not take.
-cudaError_t lrn_forward(const LrnParams& params, cudaStream_t stream);
+// Both start at most one kernel on `stream` of the current device, allocate nothing and wait for
+// nothing. No pixels or C = 0 is a success without a launch. What is written overlaps nothing.
+// cudaErrorInvalidValue: a size, dtype or null pointer that they do not take.
+cudaError_t lrn_forward(const LrnForwardParams& params, cudaStream_t stream);
+cudaError_t lrn_backward(const LrnBackwardParams& params, cudaStream_t stream);
 
 }  // namespace inception_ext::kernels

@@ -126,17 +126,34 @@ struct GlobalAvgPoolParams {
   DType dtype;
 };
 
-struct LrnParams {
+struct LrnWindow {
+  int32_t size;  // channels
+  float alpha;
+  float beta;
+  float k;
+};
+
+struct LrnForwardParams {
   const void* x;     // [N * H * W, C], dtype
   void* y;           // [N * H * W, C], dtype
   int64_t x_stride;  // elements from one pixel to the next
   int64_t y_stride;
   int64_t pixels;    // N * H * W
   int64_t channels;  // C
-  int32_t size;      // channels in a window
-  float alpha;
-  float beta;
-  float k;
+  LrnWindow window;
+  DType dtype;
+};
+
+struct LrnBackwardParams {
+  const void* grad_y;     // [N * H * W, C], dtype
+  const void* x;          // [N * H * W, C], dtype
+  void* grad_x;           // [N * H * W, C], dtype
+  int64_t grad_y_stride;  // elements from one pixel to the next
+  int64_t x_stride;
+  int64_t grad_x_stride;
+  int64_t pixels;    // N * H * W
+  int64_t channels;  // C
+  LrnWindow window;
   DType dtype;
 };
 

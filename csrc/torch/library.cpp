@@ -100,6 +100,9 @@ STABLE_TORCH_LIBRARY(INCEPTION_EXT_OPS, m) {
   m.def("global_avg_pool(Tensor x, Tensor(a!) y) -> ()");
   // Local response normalisation, as torch.nn.LocalResponseNorm
   m.def("lrn(Tensor x, int size, float alpha, float beta, float k, Tensor(a!) y) -> ()");
+  // -> gradient of x
+  m.def(
+      "lrn_backward(Tensor grad, Tensor x, int size, float alpha, float beta, float k) -> Tensor");
 
   // A chain of steps of a frozen network, at most `images` images at a time: see frozen.cpp
   m.def(
