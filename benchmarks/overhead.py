@@ -18,8 +18,8 @@ from timing import Result, Summary, interleave, summarize
 
 import inception_ext
 from inception_ext import functional
+from inception_ext._layers import max_pool
 from inception_ext._profiling import region
-from inception_ext.modules import max_pool
 
 __all__ = ["LAYERS", "measure"]
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inception_ext._fold import fold, is_foldable, is_inception, is_plain
-from inception_ext.modules import max_pool
+from inception_ext._layers import max_pool
 
 __all__ = [
     "BODY",

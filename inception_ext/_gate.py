@@ -21,6 +21,7 @@ __all__ = [
     "pair",
     "runs_on_cpu",
     "use_kernels",
+    "why_aux_pool_reference",
     "why_hooked",
     "why_inference_reference",
     "why_lrn_reference",
@@ -190,6 +191,25 @@ def why_pool_reference(
         return "window of more than 255 elements"
     if x.shape[2] < kernel[0] or x.shape[3] < kernel[1]:
         return "input smaller than the window"  # the reference words the error, if it is one
+    return None
+
+
+def why_aux_pool_reference(
+    x: Tensor, output_size: int, kernel_size: int, stride: int
+) -> str | None:
+    """As :func:`why_reference`, for :func:`inception_ext.functional.aux_pool`."""
+    if (reason := why_no_kernel(x)) is not None:
+        return reason
+    if runs_on_cpu(x):
+        return "no kernel for an average pool on cpu"
+    if 0 in x.shape[1:]:
+        return "an empty image"
+    if not all(isinstance(size, int) for size in (output_size, kernel_size, stride)):
+        return "a window that is not of integers"
+    if output_size < 1 or kernel_size < 0 or stride < 1:
+        return "a window that is not positive"
+    if kernel_size and (output_size - 1) * stride + kernel_size > min(x.shape[2:]):
+        return "input smaller than the windows"
     return None
 
 

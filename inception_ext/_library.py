@@ -368,6 +368,16 @@ def _conv_chain_backward_fake(
     )
 
 
+def _aux_pool_forward_fake(x: Tensor, output_size: int, kernel_size: int, stride: int) -> Tensor:
+    return _nhwc(x, x.shape[0], x.shape[1], output_size, output_size)
+
+
+def _aux_pool_backward_fake(
+    grad: Tensor, input_size: list[int], kernel_size: int, stride: int
+) -> Tensor:
+    return _nhwc(grad, grad.shape[0], grad.shape[1], *input_size)
+
+
 def _lrn_backward_fake(
     grad: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float
 ) -> Tensor:
@@ -492,6 +502,8 @@ def register(namespace: str) -> None:
         ("inception_backward", _inception_backward_fake),
         ("conv_chain_forward", _conv_chain_forward_fake),
         ("conv_chain_backward", _conv_chain_backward_fake),
+        ("aux_pool_forward", _aux_pool_forward_fake),
+        ("aux_pool_backward", _aux_pool_backward_fake),
         ("lrn_backward", _lrn_backward_fake),
         ("image_to_nhwc", _image_to_nhwc_fake),
         ("copy_channels", _copy_channels_fake),

@@ -11,7 +11,28 @@ from torch import Tensor
 from inception_ext import _library, reference
 from inception_ext.autograd import needs_reference, reference_gradients
 
-__all__ = ["Lrn", "lrn"]
+__all__ = ["AuxPool", "Lrn", "lrn"]
+
+
+class AuxPool(torch.autograd.Function):
+    """:func:`inception_ext.reference.aux_pool`, which is linear: nothing is saved for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, output_size: int, kernel_size: int, stride: int) -> Tensor:
+        ctx.input_size = list(x.shape[2:])
+        ctx.window = (output_size, kernel_size, stride)
+        return _library.ops(x).aux_pool_forward(x, *ctx.window)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx: Tensor | None
+        if needs_reference(grad):
+            shape = (*grad.shape[:2], *ctx.input_size)
+            x = torch.zeros(shape, dtype=grad.dtype, device=grad.device, requires_grad=True)
+            (dx,) = reference_gradients(lambda x: reference.aux_pool(x, *ctx.window), grad, [x])
+        else:
+            dx = _library.ops(grad).aux_pool_backward(grad, ctx.input_size, *ctx.window[1:])
+        return dx, None, None, None
 
 
 class Lrn(torch.autograd.Function):

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inception_ext._layers import aux_pool, lrn, max_pool
 from inception_ext.googlenet import GoogLeNet
-from inception_ext.modules import Inception, InceptionAux, lrn, max_pool
+from inception_ext.modules import Inception, InceptionAux
 
 __all__ = ["BVLCGoogLeNet", "BVLCInceptionAux", "ConvReLU", "bvlc_googlenet"]
 
@@ -34,9 +35,11 @@ def paper_aux_pool(x: Tensor) -> Tensor:
 
     The linear layer behind it takes nothing else, so maps of other sizes are pooled adaptively.
     """
-    if 14 <= x.shape[2] <= 16 and 14 <= x.shape[3] <= 16:
-        return F.avg_pool2d(x, kernel_size=5, stride=3)
-    return F.adaptive_avg_pool2d(x, (4, 4))
+    fits = 14 <= x.shape[2] <= 16 and 14 <= x.shape[3] <= 16
+    if torch.jit.is_scripting():
+        return F.avg_pool2d(x, 5, 3) if fits else F.adaptive_avg_pool2d(x, (4, 4))
+    else:  # the compiler of TorchScript leaves this branch alone
+        return aux_pool(x, 5, 3) if fits else aux_pool(x)
 
 
 class BVLCInceptionAux(InceptionAux):

@@ -17,6 +17,7 @@ from inception_ext._gate import (
     needs_grad,
     pair,
     use_kernels,
+    why_aux_pool_reference,
     why_inference_reference,
     why_lrn_reference,
     why_no_chain_kernel,
@@ -29,6 +30,7 @@ from inception_ext._launches import Exact, Launcher
 from inception_ext._steps import FoldedInception
 
 __all__ = [
+    "aux_pool",
     "batch_norm_relu",
     "conv_chain",
     "folded_inception",
@@ -297,6 +299,19 @@ def _convolutions_fit(x: Tensor, weights: Sequence[Tensor]) -> bool:
         and size[1:] == (c, r, r)
         for weight, size, c, r in zip(weights, sizes, inputs, kernels, strict=True)
     )
+
+
+def aux_pool(x: Tensor, output_size: int = 4, kernel_size: int = 0, stride: int = 1) -> Tensor:
+    """:func:`inception_ext.reference.aux_pool`, channels_last; its backward has no atomics either.
+
+    float16, bfloat16 and float32 on CUDA; the reference elsewhere.
+    """
+    window = (output_size, kernel_size, stride)
+    if why_aux_pool_reference(x, *window) is not None:
+        return reference.aux_pool(x, *window)
+    if needs_grad(x):
+        return _weightless.AuxPool.apply(x, *window)
+    return _library.ops(x).aux_pool_forward(x, *window)
 
 
 def lrn(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from inception_ext._checkpoint import load_strict, read_state_dict
+from inception_ext._layers import max_pool
 from inception_ext._legacy import legacy_weights_interface
-from inception_ext.modules import BasicConv2d, Inception, InceptionAux, conv_chain, max_pool
+from inception_ext.modules import BasicConv2d, Inception, InceptionAux, conv_chain
 from inception_ext.weights import GoogLeNet_Weights, is_checkpoint_path
 
 __all__ = ["GoogLeNet", "GoogLeNetOutputs", "GoogLeNet_Weights", "googlenet"]

@@ -7,17 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inception_ext import functional, reference
+from inception_ext import functional
 from inception_ext._gate import (
     runs_on_cpu,
     why_hooked,
-    why_lrn_reference,
     why_module_reference,
     why_no_chain_kernel,
     why_no_kernel,
-    why_pool_reference,
     why_unavailable,
 )
+from inception_ext._layers import aux_pool, max_pool
 
 __all__ = ["BasicConv2d", "Inception", "InceptionAux"]
 
@@ -329,28 +328,6 @@ def _is_plain(conv: Any) -> bool:
     )
 
 
-def max_pool(pool: Any, x: Tensor) -> Tensor:
-    """Calls an ``nn.MaxPool2d`` through the kernels where they can stand in for it."""
-    if (
-        torch.jit.is_scripting()
-        or why_module_reference(pool, nn.MaxPool2d) is not None
-        or why_pool_reference(x, pool.kernel_size, pool.stride) is not None
-        or pool.dilation != 1
-        or pool.return_indices
-    ):
-        return pool(x)
-    return functional.max_pool(x, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
-
-
-def lrn(norm: Any, x: Tensor) -> Tensor:
-    """Calls an ``nn.LocalResponseNorm`` through the kernels where they can stand in for it."""
-    if why_module_reference(norm, nn.LocalResponseNorm) is None:
-        window = (norm.size, norm.alpha, norm.beta, norm.k)
-        if why_lrn_reference(x, *window) is None:
-            return functional.lrn(x, *window)
-    return norm(x)
-
-
 class InceptionAux(nn.Module):
     """Auxiliary classifier: average pool to 4x4, 1x1 convolution, two linear layers.
 
@@ -382,7 +359,7 @@ class InceptionAux(nn.Module):
         if torch.jit.is_scripting():
             return F.adaptive_avg_pool2d(x, (4, 4))
         else:  # the compiler of TorchScript leaves this branch alone
-            return _aux_pool(x)
+            return aux_pool(x)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._pool(x)  # [N, in_channels, 4, 4]
@@ -391,10 +368,3 @@ class InceptionAux(nn.Module):
         x = F.relu(self.fc1(x))  # [N, 1024]
         x = self.dropout(x)
         return self.fc2(x)
-
-
-def _aux_pool(x: Tensor) -> Tensor:
-    # Where algorithms must be deterministic, PyTorch's own pool refuses to run backward on CUDA.
-    if torch.are_deterministic_algorithms_enabled() and not isinstance(x, torch.fx.Proxy):
-        return reference.aux_pool(x)
-    return F.adaptive_avg_pool2d(x, (4, 4))

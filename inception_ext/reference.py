@@ -192,15 +192,18 @@ def lrn(
     return F.local_response_norm(x, size, alpha, beta, k)
 
 
-def aux_pool(x: Tensor, output_size: int = 4) -> Tensor:
-    """Adaptive average pool, ``[N, C, H, W]`` -> ``[N, C, output_size, output_size]``.
+def aux_pool(x: Tensor, output_size: int = 4, kernel_size: int = 0, stride: int = 1) -> Tensor:
+    """Average pool, ``[N, C, H, W]`` -> ``[N, C, output_size, output_size]``.
 
-    Cell i averages rows ``floor(i * H / output_size)`` up to ``ceil((i + 1) * H / output_size)``;
-    columns likewise. Written as one mean a cell, so that its backward has no atomics and is
-    deterministic on every device.
+    Cell i averages rows ``i * stride`` up to ``i * stride + kernel_size``, which have to exist; or,
+    adaptively where ``kernel_size`` is 0, rows ``floor(i * H / output_size)`` up to
+    ``ceil((i + 1) * H / output_size)``. Columns likewise. Written as one mean a cell, so that its
+    backward has no atomics and is deterministic on every device.
     """
 
     def windows(length: int) -> list[slice]:
+        if kernel_size:
+            return [slice(i * stride, i * stride + kernel_size) for i in range(output_size)]
         return [
             slice(i * length // output_size, -(-(i + 1) * length // output_size))
             for i in range(output_size)

@@ -1,4 +1,4 @@
-// Launcher of the NHWC global average pool.
+// Launchers of the NHWC average pool, forward and backward.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,9 +7,10 @@
 
 namespace inception_ext::kernels {
 
-// Starts at most one kernel on `stream` of the current device, allocates nothing and waits for
-// nothing. N = 0 or C = 0 is a success without a launch. cudaErrorInvalidValue: a size, dtype or
-// null pointer that it does not take.
-cudaError_t global_avg_pool(const GlobalAvgPoolParams& params, cudaStream_t stream);
+// Both start at most one kernel on `stream` of the current device, allocate nothing and wait for
+// nothing. N = 0 or C = 0 is a success without a launch. cudaErrorInvalidValue: a size, window,
+// dtype or null pointer that they do not take.
+cudaError_t avg_pool_forward(const AvgPoolForwardParams& params, cudaStream_t stream);
+cudaError_t avg_pool_backward(const AvgPoolBackwardParams& params, cudaStream_t stream);
 
 }  // namespace inception_ext::kernels

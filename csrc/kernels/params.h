@@ -115,14 +115,40 @@ struct StemConvConvPoolParams {
   bool exact;  // float32 products in fp32; else on tensor cores, rounded to TF32
 };
 
-struct GlobalAvgPoolParams {
-  const void* x;     // [N, H * W, C], dtype
-  void* y;           // [N, C], dtype
-  int64_t x_stride;  // elements from one pixel to the next; images follow without a gap
-  int64_t y_stride;  // elements from one image to the next
+// Windows along one axis of an average pool: window i covers [floor(i * step / parts),
+// ceil((i * step + length) / parts)) of the input and nothing outside of it.
+//   kernel and stride: step = stride, parts = 1, length = kernel
+//   adaptive:          step = length = input, parts = output
+//   global:            the adaptive ones with output = 1
+struct AvgPoolAxis {
+  int32_t input;
+  int32_t output;
+  int32_t step;
+  int32_t parts;
+  int32_t length;
+};
+
+struct AvgPoolForwardParams {
+  const void* x;     // [N, H, W, C], dtype
+  void* y;           // [N, P, Q, C], dtype
+  int64_t x_stride;  // elements from one pixel to the next; rows and images follow without a gap
+  int64_t y_stride;
   int64_t batch;     // N
-  int64_t pixels;    // H * W
   int64_t channels;  // C
+  AvgPoolAxis h;     // from H to P
+  AvgPoolAxis w;     // from W to Q
+  DType dtype;
+};
+
+struct AvgPoolBackwardParams {
+  const void* grad_y;     // [N, P, Q, C], dtype
+  void* grad_x;           // [N, H, W, C], dtype
+  int64_t grad_y_stride;  // elements from one pixel to the next; rows and images without a gap
+  int64_t grad_x_stride;
+  int64_t batch;     // N
+  int64_t channels;  // C
+  AvgPoolAxis h;     // from H to P
+  AvgPoolAxis w;     // from W to Q
   DType dtype;
 };
 

@@ -12,6 +12,12 @@ STABLE_TORCH_LIBRARY(INCEPTION_EXT_OPS, m) {
       "max_pool_backward(Tensor grad, Tensor argmax, int[2] input_size, int[2] kernel_size, "
       "int[2] stride, int[2] padding) -> Tensor");
 
+  // Average pool to y [N, C, output_size, output_size], CUDA only: windows of kernel_size, `stride`
+  // apart, or adaptive ones where kernel_size is 0
+  m.def("aux_pool_forward(Tensor x, int output_size, int kernel_size, int stride) -> Tensor");
+  // -> gradient of x; input_size = [H, W] of x
+  m.def("aux_pool_backward(Tensor grad, int[2] input_size, int kernel_size, int stride) -> Tensor");
+
   // -> y, mean [C], rstd [C]
   m.def(
       "batch_norm_relu_forward(Tensor x, Tensor weight, Tensor bias, Tensor(a!) running_mean, "
