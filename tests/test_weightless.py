@@ -1,0 +1,530 @@
+"""Layers without weights on the CUDA kernels, in training: lrn and aux_pool."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from closeness import assert_all_as_good_as_eager
+from fast_path import ALL_ARRANGEMENTS, randn
+from kernel_devices import each_device, kernel_ops, kernels_on, needs_emulator, torch_device
+from test_avg_pool_and_lrn import eager_lrn
+from test_ops import as_leaf
+from torch import Tensor, nn
+from torch.func import vmap
+
+from inception_ext import _layers, functional, reference
+from inception_ext.functional import use_kernels
+from inception_ext.testing import emulated
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+WINDOW = (5, 1e-4, 0.75, 1.0)  # of the 2014 network: size, alpha, beta, k
+STRONG = (5, 2.0, 0.75, 1.0)  # one that matters to normally distributed values
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
+
+Layer = Callable[[Tensor], Tensor]
+Window = tuple[int, float, float, float]
+
+
+def results(layer: Layer, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    leaf = as_leaf(x)
+    y = layer(leaf)
+    y.backward(grad)
+    assert leaf.grad is not None
+    return {"y": y.detach().cpu(), "dx": leaf.grad.cpu()}
+
+
+def kernel_results(
+    device: str, layer: Layer, x: Tensor, grad: Tensor, seed: int = 1
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    with kernels_on(device, seed=seed) as launches:
+        ours = results(layer, x.to(torch_device(device)), grad.to(torch_device(device)))
+    return ours, launches
+
+
+# lrn
+
+
+def check_lrn(
+    device: str, x: Tensor, grad: Tensor, window: tuple[int, float, float, float]
+) -> None:
+    ours, launches = kernel_results(device, lambda x: functional.lrn(x, *window), x, grad)
+    eager = results(lambda x: eager_lrn(x, *window), x, grad)
+    exact = results(lambda x: F.local_response_norm(x, *window), x.double(), grad.double())
+    assert_all_as_good_as_eager(ours, eager, exact)
+    assert ours["y"].is_contiguous(memory_format=torch.channels_last)
+    assert ours["dx"].is_contiguous(memory_format=torch.channels_last)
+    if device == "emulator":
+        assert [launch["op"] for launch in launches] == ["lrn", "lrn_backward"]
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize(
+    "shape", [(3, 64, 9, 5), (1, 192, 7, 8), (2, 8, 3, 2), (2, 17, 4, 3), (2, 7, 1, 1)], ids=str
+)
+@pytest.mark.parametrize("window", [WINDOW, STRONG, (5, 1.0, 1.3, 0.5), (3, 0.1, 0.5, 1.0)])
+def test_lrn(device, window, shape, dtype):
+    x, grad = 3 * randn(*shape, dtype=dtype), randn(*shape, seed=1, dtype=dtype)
+    check_lrn(device, x, grad, window)
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("arrangement", ALL_ARRANGEMENTS)
+def test_lrn_takes_any_strides(device, arrangement, dtype):
+    arrange = ALL_ARRANGEMENTS[arrangement]
+    x, grad = randn(3, 16, 7, 6, dtype=dtype), randn(3, 16, 7, 6, seed=1, dtype=dtype)
+    check_lrn(device, arrange(x), grad, STRONG)
+    check_lrn(device, x, arrange(grad), STRONG)
+
+
+@each_device
+@pytest.mark.parametrize("size", [1, 2, 4, 7, 24, 40, 2**31 - 1])
+def test_lrn_windows_of_other_sizes(device, size):
+    x, grad = randn(2, 24, 3, 2), randn(2, 24, 3, 2, seed=1)
+    window = (size, 0.5 * size, 0.75, 1.0)
+    ours, _ = kernel_results(device, lambda x: functional.lrn(x, *window), x, grad)
+
+    def exact(x: Tensor) -> Tensor:
+        """As torch defines it, without padding by as many channels as the window has."""
+        channel = torch.arange(24)
+        first = channel[:, None] - size // 2  # of channel k's window
+        holds = ((channel >= first) & (channel < first + size)).double()
+        return x / (1 + 0.5 * torch.einsum("kc,nchw->nkhw", holds, x.square())).pow(0.75)
+
+    expected = results(exact, x.double(), grad.double())
+    for name, values in expected.items():
+        torch.testing.assert_close(ours[name].double(), values, rtol=1e-5, atol=1e-6)
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("window", [WINDOW, (7, 1.0, 0.75, 1.0)])
+def test_lrn_passes_nan_and_infinity_on_as_torch_does(device, window, dtype):
+    x, grad = randn(3, 32, 4, 3, dtype=dtype), randn(3, 32, 4, 3, seed=1, dtype=dtype)
+    x[0, 3, 1, 1], x[1, 8, 2, 0], x[1, 16, 3, 2] = torch.nan, torch.inf, -torch.inf
+    grad[2, 20, 0, 0], grad[2, 30, 3, 1] = torch.nan, torch.inf
+    check_lrn(device, x, grad, window)
+
+
+@each_device
+def test_lrn_whose_window_divides_by_zero(device):
+    """Without k, channels beyond the ends must stay out, and zeros are NaN as in torch."""
+    window = (5, 1.0, 0.75, 0.0)
+    x, grad = randn(2, 16, 3, 3), randn(2, 16, 3, 3, seed=1)
+    check_lrn(device, x, grad, window)
+    x[1] = 0
+    ours, _ = kernel_results(device, lambda x: functional.lrn(x, *window), x, grad)
+    assert ours["dx"][0].isfinite().all() and ours["dx"][1].isnan().all()
+
+
+@needs_emulator
+@each_dtype
+def test_what_lrn_touches(dtype):
+    """Each byte once, no bank conflict, one launch each way; and the same bits for every seed."""
+    x, grad = randn(3, 192, 7, 7, dtype=dtype), randn(3, 192, 7, 7, seed=1, dtype=dtype)
+    runs = []
+    for seed in range(3):
+        ours, (forward, backward) = kernel_results(
+            "emulator", lambda x: functional.lrn(x, *WINDOW), x, grad, seed
+        )
+        size = x.numel() * dtype.itemsize
+        assert forward["bytes_touched"] == 2 * size and backward["bytes_touched"] == 3 * size
+        assert backward["touched"] == [
+            {"operand": "grad", "read": size, "written": 0},
+            {"operand": "x", "read": size, "written": 0},
+            {"operand": "dx", "read": 0, "written": size},
+        ]
+        assert "lrn_backward_vector_kernel" in backward["kernel"]
+        assert forward["bank_conflicts"] == backward["bank_conflicts"] == 0
+        runs.append(ours)
+    assert all(torch.equal(run[name], runs[0][name]) for run in runs for name in run)
+
+
+# aux_pool
+
+ADAPTIVE, PAPER = (4, 0, 1), (4, 5, 3)  # output size, kernel size, stride
+
+
+def check_aux_pool(
+    device: str, x: Tensor, grad: Tensor, window: tuple[int, int, int] = ADAPTIVE
+) -> None:
+    ours, launches = kernel_results(device, lambda x: functional.aux_pool(x, *window), x, grad)
+    output_size, kernel_size, stride = window
+
+    def exact(x: Tensor) -> Tensor:
+        if kernel_size:
+            return F.avg_pool2d(x, kernel_size, stride)
+        return F.adaptive_avg_pool2d(x, output_size)
+
+    assert_all_as_good_as_eager(
+        ours,
+        results(lambda x: reference.aux_pool(x, *window), x, grad),
+        results(exact, x.double(), grad.double()),
+    )
+    assert ours["y"].is_contiguous(memory_format=torch.channels_last)
+    assert ours["dx"].is_contiguous(memory_format=torch.channels_last)
+    if device == "emulator":
+        assert [launch["op"] for launch in launches] == ["aux_pool_forward", "aux_pool_backward"]
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("channels", [7, 24])
+@pytest.mark.parametrize(
+    "size", [(14, 14), (13, 9), (1, 1), (4, 4), (15, 15), (2, 3), (5, 28)], ids=str
+)
+def test_aux_pool(device, size, channels, dtype):
+    x = randn(3, channels, *size, dtype=dtype)
+    check_aux_pool(device, x, randn(3, channels, 4, 4, seed=1, dtype=dtype))
+
+
+@each_device
+@pytest.mark.parametrize("output_size", [1, 2, 3, 7, 20])
+def test_aux_pool_to_other_sizes(device, output_size):
+    grad = randn(2, 8, output_size, output_size, seed=1)
+    check_aux_pool(device, randn(2, 8, 13, 9), grad, (output_size, 0, 1))
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("size", [(14, 14), (16, 15)], ids=str)
+def test_aux_pool_of_the_paper(device, size, dtype):
+    """The last rows and columns of larger maps are in no window."""
+    x, grad = randn(2, 528, *size, dtype=dtype), randn(2, 528, 4, 4, seed=1, dtype=dtype)
+    check_aux_pool(device, x, grad, PAPER)
+    check_aux_pool(device, x, grad)
+
+
+@each_device
+@pytest.mark.parametrize(
+    ("size", "window"),
+    [((9, 7), (2, 3, 4)), ((9, 9), (3, 2, 3)), ((8, 9), (8, 1, 1)), ((6, 6), (1, 6, 5))],
+    ids=str,
+)
+def test_aux_pool_with_gaps_and_overlaps(device, size, window):
+    x, grad = randn(2, 8, *size), randn(2, 8, window[0], window[0], seed=1)
+    ours, _ = kernel_results(device, lambda x: functional.aux_pool(x, *window), x, grad)
+    exact = results(lambda x: reference.aux_pool(x, *window), x.double(), grad.double())
+    for name, values in exact.items():
+        torch.testing.assert_close(ours[name].double(), values, rtol=1e-6, atol=1e-6)
+
+
+@each_device
+@each_dtype
+@pytest.mark.parametrize("arrangement", ALL_ARRANGEMENTS)
+def test_aux_pool_takes_any_strides(device, arrangement, dtype):
+    arrange = ALL_ARRANGEMENTS[arrangement]
+    x, grad = randn(3, 16, 7, 6, dtype=dtype), randn(3, 16, 4, 4, seed=1, dtype=dtype)
+    check_aux_pool(device, arrange(x), grad)
+    check_aux_pool(device, x, arrange(grad))
+
+
+@each_device
+@each_dtype
+def test_aux_pool_passes_nan_and_infinity_on(device, dtype):
+    x, grad = randn(3, 16, 7, 7, dtype=dtype), randn(3, 16, 4, 4, seed=1, dtype=dtype)
+    x[0, 3, 1, 1], x[1, 8, 3, 3], x[2, 9, 0, 0], x[2, 9, 0, 1] = (
+        *(torch.nan, torch.inf),
+        *(torch.inf, -torch.inf),
+    )
+    grad[0, 5, 1, 2], grad[1, 6, 0, 0], grad[2, 7, 1, 1] = torch.nan, torch.inf, -torch.inf
+    check_aux_pool(device, x, grad)
+
+
+@needs_emulator
+@each_dtype
+@pytest.mark.parametrize("window", [ADAPTIVE, PAPER], ids=["adaptive", "paper"])
+def test_what_aux_pool_touches(window, dtype):
+    """x and y once, each gradient once, one launch each way, and the same bits for every seed."""
+    x, grad = randn(2, 528, 14, 14, dtype=dtype), randn(2, 528, 4, 4, seed=1, dtype=dtype)
+    large, small = x.numel() * dtype.itemsize, grad.numel() * dtype.itemsize
+    runs = []
+    for seed in range(3):
+        ours, (forward, backward) = kernel_results(
+            "emulator", lambda x: functional.aux_pool(x, *window), x, grad, seed
+        )
+        assert forward["touched"] == [
+            {"operand": "x", "read": large, "written": 0},
+            {"operand": "y", "read": 0, "written": small},
+        ]
+        assert backward["touched"] == [
+            {"operand": "grad", "read": small, "written": 0},
+            {"operand": "dx", "read": 0, "written": large},
+        ]
+        assert forward["bank_conflicts"] == backward["bank_conflicts"] == 0
+        runs.append(ours)
+    assert all(torch.equal(run[name], runs[0][name]) for run in runs for name in run)
+
+
+# Both
+
+LAYERS: dict[str, Layer] = {
+    "lrn": lambda x: functional.lrn(x, *STRONG),
+    "aux_pool": functional.aux_pool,
+    "aux_pool of the paper": lambda x: functional.aux_pool(x, 4, 3, 1),
+}
+OPS = {
+    "lrn": ["lrn", "lrn_backward"],
+    "aux_pool": ["aux_pool_forward", "aux_pool_backward"],
+    "aux_pool of the paper": ["aux_pool_forward", "aux_pool_backward"],
+}
+
+each_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def image(seed: int = 0) -> Tensor:
+    return randn(2, 8, 6, 7, seed=seed)
+
+
+@each_device
+@each_layer
+@pytest.mark.parametrize("shape", [(0, 16, 6, 6), (2, 0, 6, 6)], ids=str)
+def test_nothing_to_do(device, shape, name):
+    x = torch.empty(shape, requires_grad=True, device=torch_device(device))
+    with kernels_on(device) as launches:
+        y = LAYERS[name](x)
+        y.sum().backward()
+    assert launches == [] and y.shape[:2] == shape[:2]
+    assert x.grad is not None and x.grad.shape == x.shape
+
+
+@needs_emulator
+@each_layer
+def test_inference_saves_nothing(name):
+    """And gives the same."""
+    leaf = image().requires_grad_()
+    with emulated() as launches:
+        y = LAYERS[name](leaf)
+        with torch.no_grad():
+            without = LAYERS[name](leaf)
+        of_constant = LAYERS[name](image())
+    assert y.requires_grad and not without.requires_grad and not of_constant.requires_grad
+    assert torch.equal(y, without) and torch.equal(y, of_constant)
+    assert [launch["op"] for launch in launches] == [OPS[name][0]] * 3
+
+
+@needs_emulator
+@each_layer
+def test_double_backward_takes_the_reference(name):
+    def penalty() -> Tensor:
+        x = image().requires_grad_()
+        y = LAYERS[name](x)
+        (dx,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), x)[0]
+
+    with emulated() as launches:
+        ours = penalty()
+    with use_kernels(False):
+        eager = penalty()
+    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+    assert OPS[name][0] in {launch["op"] for launch in launches}
+
+
+@needs_emulator
+@each_layer
+@pytest.mark.filterwarnings("error:There is a performance drop")  # of ops without batching rules
+@pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
+def test_batched_gradients(how, name):
+    """Several backward passes over one forward pass at once."""
+
+    def gradients() -> Tensor:
+        x = image().requires_grad_()
+        y = LAYERS[name](x)
+        many = randn(3, *y.shape, seed=4)
+        if how == "vmap":
+            return vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True)[0])(many)
+        return torch.autograd.grad(y, x, many, is_grads_batched=True)[0]
+
+    with emulated() as launches:
+        ours = gradients()
+    with use_kernels(False):
+        eager = gradients()
+    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+    assert [launch["op"] for launch in launches] == OPS[name][:1]
+
+
+@needs_emulator
+@each_layer
+def test_two_backward_passes_and_accumulation(name):
+    x = image().requires_grad_()
+    with emulated():
+        y = LAYERS[name](x).square().sum()
+        y.backward(retain_graph=True)
+        first = x.grad.clone()
+        y.backward()
+    assert torch.equal(x.grad, 2 * first)
+
+
+@needs_emulator
+@each_layer
+def test_compiled_with_fullgraph(name):
+    x = image().requires_grad_()
+    with emulated() as launches:
+        y = torch.compile(lambda x: LAYERS[name](x).square(), fullgraph=True, backend="aot_eager")(
+            x
+        )
+        y.sum().backward()
+    torch.compiler.reset()
+    assert [launch["op"] for launch in launches] == OPS[name]
+    (ours,) = (x.grad,)
+    with use_kernels(False):
+        other = image().requires_grad_()
+        expected = LAYERS[name](other).square()
+        expected.sum().backward()
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours, other.grad, rtol=1e-4, atol=1e-5)
+
+
+@needs_emulator
+def test_opcheck():
+    ops = kernel_ops("emulator")
+    x = image()
+    for op, arguments in (
+        (ops.lrn, (x, *WINDOW, x.to(memory_format=torch.channels_last))),
+        (ops.lrn_backward, (x, image(1), *WINDOW)),
+        (ops.aux_pool_forward, (x, *ADAPTIVE)),
+        (ops.aux_pool_forward, (x, 2, 3, 2)),
+        (ops.aux_pool_backward, (randn(2, 8, 4, 4), [6, 7], 0, 1)),
+        (ops.aux_pool_backward, (randn(2, 8, 4, 4), [6, 7], 3, 1)),
+    ):
+        torch.library.opcheck(op.default, arguments)
+
+
+@needs_emulator
+@each_layer
+def test_names_in_profiles(name):
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler,
+        emulated(),
+    ):
+        LAYERS[name](image().requires_grad_()).sum().backward()
+    names = {event.key for event in profiler.key_averages()}
+    assert {f"inception_ext_emulated::{op}" for op in OPS[name]} <= names
+
+
+@needs_emulator
+def test_bad_arguments():
+    ops = kernel_ops("emulator")
+    x, y = torch.zeros(2, 8, 6, 6), torch.zeros(2, 8, 4, 4)
+    for call, message in [
+        (lambda: ops.lrn_backward(x, x[0], *WINDOW), "lrn_backward: x: expected 4D input, got 3D"),
+        (lambda: ops.lrn_backward(x, x.int(), *WINDOW), "backward: x: expected .*, got int32"),
+        (lambda: ops.lrn_backward(y, x, *WINDOW), r"grad: expected shape \[2, 8, 6, 6\], got"),
+        (lambda: ops.lrn_backward(x.half(), x, *WINDOW), "grad: expected float32, got float16"),
+        (lambda: ops.lrn_backward(x, x, 0, 1.0, 1.0, 1.0), "size: expected 1 to .*, got 0"),
+        (lambda: ops.aux_pool_forward(x[0], 4, 0, 1), "pool_forward: x: expected 4D input, got 3D"),
+        (lambda: ops.aux_pool_forward(x.double(), 4, 0, 1), "x: expected .*, got float64"),
+        (lambda: ops.aux_pool_forward(x[:, :, :0], 4, 0, 1), "x: expected at least one pixel"),
+        (lambda: ops.aux_pool_forward(x, 0, 0, 1), "output_size: expected at least 1, got 0"),
+        (lambda: ops.aux_pool_forward(x, 2**40, 0, 1), "x: expected .* input times output pixels"),
+        (lambda: ops.aux_pool_forward(x, 4, -1, 1), "kernel_size: expected 1 to .*, got -1"),
+        (lambda: ops.aux_pool_forward(x, 4, 5, 0), "stride: expected 1 to .*, got 0"),
+        (
+            lambda: ops.aux_pool_forward(x, 4, 5, 3),
+            "x: expected at least 14 pixels for 4 windows of 5 with stride 3, got 6",
+        ),
+        (lambda: ops.aux_pool_backward(y[0], [6, 6], 0, 1), "grad: expected 4D input, got 3D"),
+        (lambda: ops.aux_pool_backward(y.int(), [6, 6], 0, 1), "grad: expected .*, got int32"),
+        (lambda: ops.aux_pool_backward(y, [6, 0], 0, 1), "input_size: expected at least one pixel"),
+        (lambda: ops.aux_pool_backward(y, [13, 14], 5, 3), "input_size: expected at least 14 pix"),
+        (lambda: ops.aux_pool_backward(y, [6, 6], -1, 1), "kernel_size: expected 1 to"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
+# The gate
+
+
+def run(layer: Layer, x: Tensor) -> list[str]:
+    """The ops that forward and backward launch."""
+    with emulated() as launches:
+        y = layer(x)
+        if y.requires_grad:
+            y.sum().backward()
+    return [launch["op"] for launch in launches]
+
+
+@needs_emulator
+@each_layer
+def test_what_has_no_kernel_goes_the_reference_way(name):
+    layer = LAYERS[name]
+    assert run(layer, image().requires_grad_()) == OPS[name]
+    assert run(layer, image().double().requires_grad_()) == []
+    assert run(layer, image().as_subclass(type("Mine", (Tensor,), {})).requires_grad_()) == []
+    assert run(vmap(layer), image()[None]) == []
+    assert run(torch.func.grad(lambda x: layer(x).sum()), image()) == []
+    with use_kernels(False):
+        assert run(layer, image().requires_grad_()) == []
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert run(layer, image().requires_grad_()) == []
+    finally:
+        handle.remove()
+    x = image().requires_grad_()
+    torch.testing.assert_close(layer(x), LAYERS[name](x))  # on the CPU, outside of the emulator
+
+
+@needs_emulator
+def test_windows_that_the_reference_words_the_error_for():
+    with emulated() as launches:
+        with pytest.raises(RuntimeError):
+            functional.lrn(image(), 0)
+        with pytest.raises((RuntimeError, IndexError, ValueError)):
+            functional.lrn(image()[0, 0], 5)
+        assert functional.aux_pool(image(), 2, 3, 2).shape == (2, 8, 2, 2)
+    assert [launch["op"] for launch in launches] == ["aux_pool_forward"]
+
+
+class Twice(nn.LocalResponseNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def hooked(norm: nn.Module) -> nn.Module:
+    norm.register_forward_hook(lambda module, inputs, output: 3 * output)
+    return norm
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    ("norm", "fused"),
+    [
+        (nn.LocalResponseNorm(5, 2.0), True),
+        (nn.LocalResponseNorm(4, 2.0), True),
+        (nn.LocalResponseNorm(5, torch.tensor(2.0)), False),
+        (hooked(nn.LocalResponseNorm(5, 2.0)), False),
+        (Twice(5, 2.0), False),
+        (nn.Identity(), False),
+    ],
+    ids=["plain", "even", "tensor", "hooked", "subclass", "replaced"],
+)
+def test_modules_that_a_kernel_may_stand_in_for(norm, fused):
+    x = image().requires_grad_()
+    assert run(lambda x: _layers.lrn(norm, x), x) == (OPS["lrn"] if fused else [])
+    with emulated():
+        y = _layers.lrn(norm, x)
+    torch.testing.assert_close(y, norm(x), rtol=1e-5, atol=1e-6)
+
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@each_layer
+def test_autocast(name, dtype):
+    """The same dtypes as the reference, which raises a power to in float32."""
+    x = image().to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        with emulated() as launches:
+            leaf = x.clone().requires_grad_()
+            y = LAYERS[name](leaf)
+        with use_kernels(False):
+            expected = LAYERS[name](x)
+    with emulated():
+        y.sum().backward()
+    assert y.dtype == expected.dtype and leaf.grad is not None and leaf.grad.dtype == dtype
+    assert [launch["op"] for launch in launches] == OPS[name][:1]
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
