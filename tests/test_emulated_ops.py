@@ -167,11 +167,12 @@ def training_step(model: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 @needs_emulator
-def test_googlenet_training_step(make_pair):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_googlenet_training_step(make_pair, dtype):
     """Forward and backward of the whole network, both auxiliary heads included."""
-    ours, eager = make_pair()
+    ours, eager = make_pair(dtype)
     reference = copy.deepcopy(eager).double()
-    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
     with exact_products(), emulated() as launches:
         results = training_step(ours, x)
     expected = training_step(eager, x), training_step(reference, x.double())
@@ -182,6 +183,8 @@ def test_googlenet_training_step(make_pair):
     assert counts == {
         "conv_chain_forward": 4 + 6 + 2 * 3,  # conv1 and pool; conv2, conv3 and pool; two heads
         "inception_forward": 9 * 6,
+        "aux_pool_forward": 2,
+        "aux_pool_backward": 2,
         "max_pool_forward": 2,
         "max_pool_backward": 2,
         "inception_backward": 9 * 9,
@@ -194,7 +197,8 @@ def test_googlenet_training_step(make_pair):
     )
     sizes = [(8, 4, 480), (4, 2, 832)]
     for (h, p, c), first, last in zip(sizes, forward, reversed(backward), strict=True):
-        x_bytes, y_bytes, argmax_bytes = 4 * 2 * h * h * c, 4 * 2 * p * p * c, 2 * p * p * c
+        x_bytes, y_bytes = (dtype.itemsize * 2 * side * side * c for side in (h, p))
+        argmax_bytes = 2 * p * p * c
         assert first["bytes_touched"] == x_bytes + y_bytes + argmax_bytes
         assert last["bytes_touched"] == x_bytes + y_bytes + argmax_bytes
         assert first["bytes_read"] >= x_bytes and first["bytes_written"] == y_bytes + argmax_bytes
