@@ -1,8 +1,8 @@
 """A frozen network on the CPU: chains of its steps, each as one op (``csrc/torch/frozen.cpp``).
 
 The op computes what the steps of :mod:`inception_ext._frozen` do: convolutions by oneDNN, max pools
-and the rest by our kernels. 3x3 convolutions in float32 go by Winograd's F(4x4, 3x3), whose matrix
-products are oneDNN's as well: a quarter of the multiplications.
+and the rest by our kernels. 3x3 convolutions go by Winograd's F(4x4, 3x3), whose matrix
+products are oneDNN's as well, in float32: a quarter of the multiplications.
 """
 
 from collections.abc import Sequence
@@ -131,7 +131,7 @@ class _Plan:
             _packed(conv.weight, conv.padding, conv.stride, 1, (self._images, c, *size))
         )
         if fast:
-            weight = winograd_weight(conv.weight)
+            weight = winograd_weight(conv.weight.float())
             self.weights.append(_packed(weight, [0, 0], [1, 1], 36, (1, 36 * c, _CHUNK, 1)))
         self.biases.append(conv.bias)
         h, w = ((size[i] + 2 * conv.padding[i] - kernel[i]) // conv.stride[i] + 1 for i in (0, 1))
@@ -150,11 +150,16 @@ _CHUNK = 48  # tiles; one packing serves all chunks that frozen_convolution.cpp 
 _VECTOR = 16  # channels; oneDNN is slow with groups of others
 
 
+def _has_bfloat16_tiles() -> bool:
+    """Whether products of bfloat16 are so much faster (AMX) that a quarter in float32 is no gain."""
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
 def _takes_winograd(conv: Convolution) -> bool:
     """Below 32 channels the products are too small to be efficient."""
     k, c, *kernel = conv.weight.shape
     return (
-        conv.weight.dtype == torch.float32
+        (conv.weight.dtype == torch.float32 or not _has_bfloat16_tiles())
         and kernel == [3, 3]
         and conv.stride == [1, 1]
         and conv.padding == [1, 1]

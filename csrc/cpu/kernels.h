@@ -19,6 +19,7 @@ struct Kernels {
   void (*copy_channels)(const CopyChannelsParams&);
   void (*relu_channels)(const CopyChannelsParams&);
   void (*image_to_nhwc)(const ImageToNhwcParams&);
+  void (*winograd_weight)(const WinogradWeightParams&);
   void (*winograd_input)(const WinogradInputParams&);
   void (*winograd_output)(const WinogradOutputParams&);
 };

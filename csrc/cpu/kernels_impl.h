@@ -41,6 +41,7 @@ const Kernels INCEPTION_EXT_KERNELS = {
     INCEPTION_EXT_ISA::copy_channels,
     INCEPTION_EXT_ISA::relu_channels,
     INCEPTION_EXT_ISA::image_to_nhwc,
+    INCEPTION_EXT_ISA::winograd_weight,
     INCEPTION_EXT_ISA::winograd_input,
     INCEPTION_EXT_ISA::winograd_output,
 };

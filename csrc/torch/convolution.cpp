@@ -2,6 +2,8 @@
 
 #include <vector>
 
+#include "torch/winograd.h"
+
 namespace inception_ext {
 namespace {
 
@@ -18,6 +20,9 @@ void call(const char* op, StableIValue* stack) {
 }  // namespace
 
 Tensor convolution_same(const Tensor& x, const Tensor& weight) {
+  if (winograd_pays(weight, x.size(0), x.size(2), x.size(3))) {
+    return winograd_convolution(x, weight);
+  }
   const int64_t padding = weight.size(2) / 2;
   std::array<StableIValue, 9> stack{from(x),     from(weight),  from(std::nullopt),
                                     both(1),     both(padding), both(1),
@@ -29,6 +34,13 @@ Tensor convolution_same(const Tensor& x, const Tensor& weight) {
 ConvolutionGradients convolution_same_backward(const Tensor& grad, const Tensor& x,
                                                const Tensor& weight, bool needs_input,
                                                bool needs_weight) {
+  if (needs_input && winograd_pays(weight, x.size(0), x.size(2), x.size(3))) {
+    ConvolutionGradients gradients{winograd_dgrad(grad, weight), Tensor()};
+    if (needs_weight) {
+      gradients.weight = convolution_same_backward(grad, x, weight, false, true).weight;
+    }
+    return gradients;
+  }
   const int64_t padding = weight.size(2) / 2;
   const bool mask[] = {needs_input, needs_weight, false};
   std::array<StableIValue, 11> stack{from(grad),

@@ -1,4 +1,4 @@
-// Convolutions of the CPU path: oneDNN's, called through torch's dispatcher.
+// Convolutions of the CPU path: oneDNN's, called through torch's dispatcher, or Winograd's.
 #pragma once
 
 #include <array>

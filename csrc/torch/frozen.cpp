@@ -7,9 +7,7 @@
 
 #include <algorithm>
 #include <array>
-#include <exception>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -210,12 +208,12 @@ class Plan {
     }
   }
 
-  Tensor next_weight() {
+  Tensor next_weight(ScalarType dtype) {
     if (weight_ >= weights_.size()) {
       fail(kOp, "weights", "expected more than ", weights_.size(), " tensors");
     }
     const Tensor& weight = weights_[weight_++];
-    Argument{kOp, "weights", weight}.has_dim(4).has_dtype({x_.scalar_type()});
+    Argument{kOp, "weights", weight}.has_dim(4).has_dtype({dtype});
     return weight;
   }
 
@@ -223,18 +221,17 @@ class Plan {
     expect(kConvolution);
     const std::array<int64_t, 2> stride = next_pair(1), padding = next_pair(0);
     const bool has_winograd = next() != 0;
-    const Tensor weight = next_weight();
+    const Tensor weight = next_weight(x_.scalar_type());
     const int64_t k = weight.size(0), c = weight.size(1);
     std::optional<Tensor> winograd;
     if (has_winograd) {
       const bool fits = weight.size(2) == 3 && weight.size(3) == 3 && stride[0] == 1 &&
                         stride[1] == 1 && padding[0] == 1 && padding[1] == 1;
-      if (!fits || x_.scalar_type() != ScalarType::Float) {
+      if (!fits) {
         fail(kOp, "plan",
-             "expected Winograd's weight for float32 3x3 convolutions of stride and "
-             "padding 1 only");
+             "expected Winograd's weight for 3x3 convolutions of stride and padding 1 only");
       }
-      winograd = next_weight();
+      winograd = next_weight(ScalarType::Float);
       Argument{kOp, "weights", *winograd}.has_shape({cpu::kWinogradPositions * k, c, 1, 1});
     }
     if (bias_ >= biases_.size()) {
@@ -289,21 +286,8 @@ class Chain {
 
   // The same by slices of at most `images` images, one slice a thread.
   void run_in_slices(int64_t begin, int64_t end, int64_t images) {
-    std::exception_ptr error;
-    std::mutex error_mutex;
-    const int64_t slices = (end - begin + images - 1) / images;
-    cpu::parallel_for(torch_threads, 0, slices, 1, [&](int64_t first, int64_t last) {
-      const NoGrad no_grad;  // a thread has its own mode
-      try {
-        for (int64_t i = first; i < last; ++i) {
-          run(begin + i * images, std::min(end, begin + (i + 1) * images));
-        }
-      } catch (...) {
-        const std::lock_guard lock(error_mutex);
-        error = std::current_exception();
-      }
-    });
-    if (error) std::rethrow_exception(error);
+    run_tasks((end - begin + images - 1) / images,
+              [&](int64_t i) { run(begin + i * images, std::min(end, begin + (i + 1) * images)); });
   }
 
   const Tensor& output() const { return y_; }

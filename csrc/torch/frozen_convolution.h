@@ -30,7 +30,7 @@ struct FrozenConvolution {
   Feature run(const Feature& x, const std::optional<Feature>& out) const;
 
   Tensor weight;                   // [K, C, R, S], as it is or packed by oneDNN
-  std::optional<Tensor> winograd;  // [36 * K, C, 1, 1] likewise: see cpu/winograd.h
+  std::optional<Tensor> winograd;  // [36 * K, C, 1, 1] float32, likewise: see cpu/winograd.h
   Tensor bias;                     // [K]
   std::array<int64_t, 2> stride, padding;
 

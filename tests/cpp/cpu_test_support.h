@@ -184,9 +184,10 @@ class Slice {
   std::unique_ptr<T[]> memory_;
 };
 
-// [C] float of exactly that size.
-inline Slice<float> channel_values(int64_t channels, const std::function<double(int64_t)>& value) {
-  Slice<float> slice(1, channels, {0, 0});
+// [C] of exactly that size.
+template <typename T = float>
+Slice<T> channel_values(int64_t channels, const std::function<double(int64_t)>& value) {
+  Slice<T> slice(1, channels, {0, 0});
   slice.fill([&](int64_t, int64_t c) { return value(c); });
   return slice;
 }

@@ -2,6 +2,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "cpu_test_support.h"
@@ -19,6 +20,15 @@ struct WinogradCase {
   bool relu;
   int64_t chunk;  // tiles at a time
   ParallelFor parallel;
+  bool by_position = false;  // layout of the transformed tiles
+
+  WinogradLayout layout_of(int64_t count, int64_t channels) const {
+    return by_position ? WinogradLayout{channels, count * channels}
+                       : WinogradLayout{36 * channels, channels};
+  }
+  int64_t row(int64_t count, int64_t tile, int64_t position) const {
+    return by_position ? position * count + tile : tile * 36 + position;
+  }
 };
 
 struct Weights {
@@ -50,8 +60,9 @@ struct Weights {
   std::vector<double> transformed;  // [36, K, C]
 };
 
-double plain_convolution(const WinogradCase& t, Slice<float>& x, const Weights& weights,
-                         int64_t pixel, int64_t k) {
+template <typename T>
+double plain_convolution(const WinogradCase& t, Slice<T>& x, const Weights& weights, int64_t pixel,
+                         int64_t k) {
   const int64_t row = pixel / t.w % t.h, column = pixel % t.w;
   double sum = 0;
   for (int r = -1; r <= 1; ++r) {
@@ -67,35 +78,39 @@ double plain_convolution(const WinogradCase& t, Slice<float>& x, const Weights& 
   return sum;
 }
 
-void run(const WinogradCase& t, Slice<float>& x, const Weights& weights, Slice<float>& bias,
-         Slice<float>& y) {
+template <typename T>
+void run(const WinogradCase& t, Slice<T>& x, const Weights& weights, Slice<T>& bias, Slice<T>& y) {
   const int64_t tiles = kN * ((t.h + 3) / 4) * ((t.w + 3) / 4);
   for (int64_t first = 0; first < tiles; first += t.chunk) {
     const int64_t count = std::min(t.chunk, tiles - first);
     Slice<float> v(count * 36, t.c, {0, 0}), m(count * 36, t.k, {0, 0});
-    winograd_input(
-        {x.data(), x.stride(), v.data(), t.h, t.w, t.c, first, count, t.relu, t.parallel});
+    winograd_input({x.data(), x.stride(), v.data(), t.layout_of(count, t.c), dtype_of<T>(), t.h,
+                    t.w, t.c, first, count, t.relu, t.parallel});
     for (int64_t i = 0; i < count * 36; ++i) {
+      const int64_t row = t.row(count, i / 36, i % 36);
       for (int64_t k = 0; k < t.k; ++k) {
         double sum = 0;
         const double* u = &weights.transformed[(i % 36 * t.k + k) * t.c];
-        for (int64_t c = 0; c < t.c; ++c) sum += v.value(i, c) * u[c];
-        m.at(i, k) = static_cast<float>(sum);
+        for (int64_t c = 0; c < t.c; ++c) sum += v.value(row, c) * u[c];
+        m.at(row, k) = static_cast<float>(sum);
       }
     }
-    winograd_output(
-        {m.data(), bias.data(), y.data(), y.stride(), t.h, t.w, t.k, first, count, t.parallel});
+    winograd_output({m.data(), t.layout_of(count, t.k), bias.data(), y.data(), y.stride(),
+                     dtype_of<T>(), t.h, t.w, t.k, first, count, t.parallel});
   }
 }
 
+template <typename T>
 void test_case(const WinogradCase& t, Random& random) {
   const int64_t pixels = kN * t.h * t.w;
-  Slice<float> x(pixels, t.c, t.layout), y(pixels, t.k, other(t.layout, 2));
+  Slice<T> x(pixels, t.c, t.layout), y(pixels, t.k, other(t.layout, 2));
   x.fill([&](int64_t, int64_t) { return random.normal(); });
-  Slice<float> bias = channel_values(t.k, [&](int64_t) { return random.normal(); });
+  Slice<T> bias = channel_values<T>(t.k, [&](int64_t) { return random.normal(); });
   const Weights weights(t.k, t.c, random);
   run(t, x, weights, bias, y);
-  const double tolerance = 64 * std::numeric_limits<float>::epsilon() * std::sqrt(9.0 * t.c);
+  // The transforms' rounding, then that of y.
+  const double tolerance = 64 * std::numeric_limits<float>::epsilon() * std::sqrt(9.0 * t.c) +
+                           (std::is_same_v<T, bf16> ? 1.0 / 256 : 0.0);
   for (int64_t p = 0; p < pixels; ++p) {
     for (int64_t k = 0; k < t.k; ++k) {
       const double expected =
@@ -110,6 +125,7 @@ void test_case(const WinogradCase& t, Random& random) {
   check(y.intact()) || fail("winograd_output wrote outside its slice");
 }
 
+template <typename T>
 void test_shapes() {
   Random random(31);
   const std::vector<std::array<int64_t, 2>> sizes = {{1, 1}, {3, 9}, {4, 4}, {5, 7}, {13, 8}};
@@ -118,24 +134,26 @@ void test_shapes() {
       for (const int64_t k : {1, 17, 32}) {
         for (const Layout layout : kLayouts) {
           const bool relu = (h + c) % 2 == 0;
-          test_case({h, w, c, k, layout, relu, 3, parallel_backwards}, random);
+          const bool by_position = (w + k) % 2 == 0;
+          test_case<T>({h, w, c, k, layout, relu, 3, parallel_backwards, by_position}, random);
         }
       }
     }
   }
 }
 
+template <typename T>
 void test_threads() {
   Random random(32);
   WinogradCase t = {14, 14, 24, 16, {0, 0}, false, 100, parallel_serial};
-  Slice<float> x(kN * t.h * t.w, t.c, t.layout);
+  Slice<T> x(kN * t.h * t.w, t.c, t.layout);
   x.fill([&](int64_t, int64_t) { return random.normal(); });
-  Slice<float> bias = channel_values(t.k, [&](int64_t) { return 0.1; });
+  Slice<T> bias = channel_values<T>(t.k, [&](int64_t) { return 0.1; });
   const Weights weights(t.k, t.c, random);
-  Slice<float> expected(kN * t.h * t.w, t.k, t.layout);
+  Slice<T> expected(kN * t.h * t.w, t.k, t.layout);
   run(t, x, weights, bias, expected);
   for (const ParallelFor parallel : kOtherParallels) {
-    Slice<float> y(kN * t.h * t.w, t.k, t.layout);
+    Slice<T> y(kN * t.h * t.w, t.k, t.layout);
     t.parallel = parallel;
     t.chunk = 7;
     run(t, x, weights, bias, y);
@@ -144,15 +162,16 @@ void test_threads() {
 }
 
 // A NaN reaches every output that reads it, and no other image.
+template <typename T>
 void test_nan() {
   Random random(33);
   for (const bool relu : {false, true}) {
     const WinogradCase t = {9, 9, 4, 3, {0, 0}, relu, 100, parallel_serial};
     const int64_t pixels = t.h * t.w;
-    Slice<float> x(kN * pixels, t.c, t.layout), y(kN * pixels, t.k, t.layout);
+    Slice<T> x(kN * pixels, t.c, t.layout), y(kN * pixels, t.k, t.layout);
     x.fill([&](int64_t, int64_t) { return random.normal(); });
-    x.at(pixels + 4 * t.w + 4, 2) = std::numeric_limits<float>::quiet_NaN();
-    Slice<float> bias = channel_values(t.k, [&](int64_t) { return 0.0; });
+    x.at(pixels + 4 * t.w + 4, 2) = from_double<T>(std::numeric_limits<double>::quiet_NaN());
+    Slice<T> bias = channel_values<T>(t.k, [&](int64_t) { return 0.0; });
     run(t, x, Weights(t.k, t.c, random), bias, y);
     for (int64_t k = 0; k < t.k; ++k) {
       for (int64_t p = 0; p < pixels; ++p) {
@@ -165,12 +184,72 @@ void test_nan() {
   }
 }
 
+// Without a bias it is the plain sum: no ReLU.
+void test_without_bias() {
+  Random random(34);
+  const WinogradCase t = {6, 9, 5, 17, {0, 0}, false, 100, parallel_serial};
+  Slice<float> x(kN * t.h * t.w, t.c, t.layout), y(kN * t.h * t.w, t.k, t.layout);
+  x.fill([&](int64_t, int64_t) { return random.normal(); });
+  Slice<float> none(0, 0, {0, 0});
+  const Weights weights(t.k, t.c, random);
+  run(t, x, weights, none, y);
+  int negative = 0;
+  for (int64_t p = 0; p < kN * t.h * t.w; ++p) {
+    for (int64_t k = 0; k < t.k; ++k) {
+      const double expected = plain_convolution(t, x, weights, p, k);
+      check(close(y.value(p, k), expected, 1e-4, 1e-4)) || fail("winograd: without bias");
+      negative += expected < 0;
+    }
+  }
+  check(negative > 0) || fail("winograd: nothing for a ReLU to change");
+}
+
+// [K, C, 3, 3] in both layouts, as it is and for the gradient of the input.
+void test_weight() {
+  Random random(35);
+  for (const int64_t k : {1, 16, 37}) {
+    for (const bool channels_last : {false, true}) {
+      const int64_t c = 5;
+      const Weights weights(k, c, random);
+      std::vector<float> w(static_cast<size_t>(k * c * 9)), u(static_cast<size_t>(36 * k * c));
+      const int64_t stride[] = {9 * c, channels_last ? 1 : 9, channels_last ? 3 * c : 3,
+                                channels_last ? c : 1};
+      for (const bool flipped : {false, true}) {
+        for (int64_t i = 0; i < k * c * 9; ++i) {
+          const int64_t tap = flipped ? 8 - i % 9 : i % 9;
+          w[i / 9 / c * stride[0] + i / 9 % c * stride[1] + tap / 3 * stride[2] +
+            tap % 3 * stride[3]] = static_cast<float>(weights.plain[i]);
+        }
+        winograd_weight({w.data(),
+                         {stride[0], stride[1], stride[2], stride[3]},
+                         u.data(),
+                         k,
+                         c,
+                         flipped,
+                         parallel_backwards});
+        for (int64_t i = 0; i < 36 * k * c; ++i) {
+          const int64_t position = i / (k * c), row = i / k % c, filter = i % k;
+          const double expected = weights.transformed[(position * k + filter) * c + row];
+          check(close(u[i], expected, 1e-6, 1e-6)) ||
+              fail("winograd_weight: K %d flipped %d: [%d] is %.9g, not %.9g", static_cast<int>(k),
+                   flipped, static_cast<int>(i), u[i], expected);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void test_winograd() {
-  run_group("winograd: shapes", test_shapes);
-  run_group("winograd: threads", test_threads);
-  run_group("winograd: NaN", test_nan);
+  run_group("winograd: shapes", test_shapes<float>);
+  run_group("winograd: shapes, bf16", test_shapes<bf16>);
+  run_group("winograd: without bias", test_without_bias);
+  run_group("winograd: weight", test_weight);
+  run_group("winograd: threads", test_threads<float>);
+  run_group("winograd: threads, bf16", test_threads<bf16>);
+  run_group("winograd: NaN", test_nan<float>);
+  run_group("winograd: NaN, bf16", test_nan<bf16>);
 }
 
 }  // namespace inception_ext::cpu::test
