@@ -151,7 +151,7 @@ _VECTOR = 16  # channels; oneDNN is slow with groups of others
 
 
 def _has_bfloat16_tiles() -> bool:
-    """Whether products of bfloat16 are so much faster (AMX) that a quarter in float32 is no gain."""
+    """Whether bfloat16 is multiplied so fast (AMX) that a quarter of it in float32 is no gain."""
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "runs_on_cpu",
     "use_kernels",
     "why_aux_pool_reference",
+    "why_conv3x3_reference",
     "why_hooked",
     "why_inference_reference",
     "why_lrn_reference",
@@ -173,6 +174,23 @@ def pair(value: int | Sequence[int]) -> list[int] | None:
     if not isinstance(value, list | tuple) or not all(isinstance(v, int) for v in value):
         return None
     return {1: [*value, *value], 2: [*value]}.get(len(value))
+
+
+def why_conv3x3_reference(x: Tensor, weight: Tensor) -> str | None:
+    """As :func:`why_reference`, for :func:`inception_ext.functional.conv3x3`."""
+    if (reason := why_reference(x)) is not None:
+        return reason
+    if type(weight) not in PLAIN_TYPES or weight.device != x.device:
+        return "a weight that is no plain tensor of the same device"
+    if x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return "no kernel for these dtypes"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast"
+    if tuple(weight.shape[1:]) != (x.shape[1], 3, 3) or min(weight.shape[:2]) < 32:
+        return "a convolution that is not 3x3 over 32 channels or more"
+    if 0 in x.shape[2:]:
+        return "an empty image"
+    return None
 
 
 def why_pool_reference(

@@ -237,6 +237,19 @@ def _batch_norm_relu_backward_fake(
     return _nhwc(x, *x.shape), torch.empty_like(weight), torch.empty_like(bias)
 
 
+def _conv3x3_forward_fake(x: Tensor, weight: Tensor) -> Tensor:
+    return _nhwc(x, x.shape[0], weight.shape[0], *x.shape[2:])
+
+
+def _conv3x3_backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    return (
+        _nhwc(x, *x.shape) if needs[0] else x.new_empty(0),
+        _in_layout_of(weight) if needs[1] else x.new_empty(0),
+    )
+
+
 def _inception_forward_fake(
     recomputes: bool,
     x: Tensor,
@@ -471,6 +484,14 @@ def _chain_macs(
     return macs
 
 
+def _conv3x3_flop(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * sum(_chain_macs(x, [weight], [1], [1]))
+
+
+def _conv3x3_backward_flop(grad: Any, x: Any, weight: Any, needs: Any, **_: Any) -> int:
+    return _conv3x3_flop(x, weight) * (int(needs[0]) + int(needs[1]))
+
+
 def _conv_chain_flop(x: Any, conv_weights: list[Any], *rest: Any, **_: Any) -> int:
     return 2 * sum(_chain_macs(x, conv_weights, rest[4], rest[5]))
 
@@ -498,6 +519,8 @@ def register(namespace: str) -> None:
         ("max_pool_backward", _max_pool_backward_fake),
         ("batch_norm_relu_forward", _batch_norm_relu_forward_fake),
         ("batch_norm_relu_backward", _batch_norm_relu_backward_fake),
+        ("conv3x3_forward", _conv3x3_forward_fake),
+        ("conv3x3_backward", _conv3x3_backward_fake),
         ("inception_forward", inception_forward_fake),
         ("inception_backward", _inception_backward_fake),
         ("conv_chain_forward", _conv_chain_forward_fake),
@@ -513,6 +536,8 @@ def register(namespace: str) -> None:
         torch.library.register_fake(f"{namespace}::{name}", fake)
     ops = getattr(torch.ops, namespace)
     for name, formula in (
+        ("conv3x3_forward", _conv3x3_flop),
+        ("conv3x3_backward", _conv3x3_backward_flop),
         ("inception_forward", _inception_flop),
         ("inception_backward", _inception_backward_flop),
         ("conv_chain_forward", _conv_chain_flop),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inception_ext import _library, reference
 
-__all__ = ["BatchNormRelu", "ConvChain", "Inception", "MaxPool"]
+__all__ = ["BatchNormRelu", "Conv3x3", "ConvChain", "Inception", "MaxPool"]
 
 
 def needs_reference(grad: Tensor) -> bool:
@@ -95,6 +95,24 @@ def _scatter_to_windows(
     windows = (n, c, p * q)
     dx = zeros.scatter_add(2, flat.reshape(windows), grad.reshape(windows))
     return dx.reshape(n, c, h, w)
+
+
+class Conv3x3(torch.autograd.Function):
+    """:func:`inception_ext.reference.conv3x3` in float32 on the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _library.ops(x).conv3x3_forward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        if needs_reference(grad):
+            return tuple(reference_gradients(reference.conv3x3, grad, [x, weight]))
+        needs = list(ctx.needs_input_grad)
+        gradients = _library.ops(grad).conv3x3_backward(grad, x, weight, needs)
+        return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 
 class BatchNormRelu(torch.autograd.Function):

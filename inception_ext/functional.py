@@ -18,6 +18,7 @@ from inception_ext._gate import (
     pair,
     use_kernels,
     why_aux_pool_reference,
+    why_conv3x3_reference,
     why_inference_reference,
     why_lrn_reference,
     why_no_chain_kernel,
@@ -32,6 +33,7 @@ from inception_ext._steps import FoldedInception
 __all__ = [
     "aux_pool",
     "batch_norm_relu",
+    "conv3x3",
     "conv_chain",
     "folded_inception",
     "inception",
@@ -67,6 +69,18 @@ def max_pool(
     if needs_grad(x):
         return autograd.MaxPool.apply(x, *window, ceil_mode)
     return _library.ops(x).max_pool_forward(x, *window, ceil_mode, False)[0]
+
+
+def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
+    """:func:`inception_ext.reference.conv3x3`, channels_last: by Winograd where that is faster.
+
+    float32 on the CPU, with 32 channels or more on either side; the reference elsewhere.
+    """
+    if why_conv3x3_reference(x, weight) is not None:
+        return reference.conv3x3(x, weight)
+    if needs_grad(x, weight):
+        return autograd.Conv3x3.apply(x, weight)
+    return _library.ops(x).conv3x3_forward(x, weight)
 
 
 def batch_norm_relu(

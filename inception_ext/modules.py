@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from inception_ext import functional
 from inception_ext._gate import (
     runs_on_cpu,
+    why_conv3x3_reference,
     why_hooked,
     why_module_reference,
     why_no_chain_kernel,
     why_no_kernel,
+    why_reference,
     why_unavailable,
 )
 from inception_ext._layers import aux_pool, max_pool
@@ -49,7 +51,15 @@ def _basic_conv2d(block: BasicConv2d, x: Tensor) -> Tensor:
     settings = _chain_settings([block], None, x)
     if settings is not None:
         return functional.conv_chain(x, *settings)
-    return _batch_norm_relu(block.bn, block.conv(x))
+    conv = block.conv
+    if (
+        why_reference(x) is None  # first: FX would record that the weight is read
+        and why_module_reference(conv, nn.Conv2d) is None
+        and _is_plain(conv)
+        and why_conv3x3_reference(x, conv.weight) is None
+    ):
+        return _batch_norm_relu(block.bn, functional.conv3x3(x, conv.weight))
+    return _batch_norm_relu(block.bn, conv(x))
 
 
 def conv_chain(blocks: list[Any], pool: Any, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn.grad import conv2d_weight
 __all__ = [
     "aux_pool",
     "batch_norm_relu",
+    "conv3x3",
     "conv_bn_relu",
     "conv_chain",
     "conv_group",
@@ -76,6 +77,11 @@ def batch_norm_relu(
     """
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     return F.relu(y)
+
+
+def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolution of x ``[N, C, H, W]`` with ``weight`` ``[K, C, 3, 3]``, padding 1, no bias."""
+    return F.conv2d(x, weight, padding=1)
 
 
 def conv_bn_relu(

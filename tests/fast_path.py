@@ -151,6 +151,9 @@ CALLS = (
     "inception_backward, no dx",
     "image_to_nhwc",
     "copy_channels",
+    "conv3x3_forward",
+    "conv3x3_backward",
+    "conv3x3_backward, no dx",
 )
 
 
@@ -167,6 +170,7 @@ def op_calls(dtype: torch.dtype = torch.float32, size: tuple[int, int, int] = (2
     _, mean, rstd = ops.batch_norm_relu_forward(x, *bn, False, 0.1, 1e-3)
     saved = ops.inception_forward(x, *lists, False, 0.1, 1e-3, True)[1:]
     wide = torch.zeros(n, 20, h, w, dtype=dtype).to(memory_format=torch.channels_last)
+    x32, weight = randn(n, 32, h, w), randn(33, 32, 3, 3)
     arguments = (
         (x, *pool, True, True),
         (x, *pool, False, False),
@@ -180,6 +184,9 @@ def op_calls(dtype: torch.dtype = torch.float32, size: tuple[int, int, int] = (2
         (grad, x, *lists[:3], *saved, True, [False] * 5 + [True] * 2, True),
         (x, [2.0] * 17, [1.0] * 17, torch.bfloat16),
         (wide, x, 2),
+        (x32, weight),
+        (randn(n, 33, h, w), x32, weight, [True, True]),
+        (randn(n, 33, h, w), x32, weight, [False, True]),
     )
     return dict(zip(CALLS, arguments, strict=True))
 

@@ -93,8 +93,9 @@ def bad_values(op: str, name: str, value: Any) -> Iterator[tuple[Any, str]]:
             for bad, message in bad_tensors(rf"{name}\[{i}\]", value[i]):
                 yield [*value[:i], bad, *value[i + 1 :]], message
     elif isinstance(value, list) and isinstance(value[0], bool):
-        yield value[1:], f"{name}: expected 7 values, got 6"
-        yield [], f"{name}: expected 7 values, got 0"
+        count = len(value)
+        yield value[1:], f"{name}: expected {count} values, got {count - 1}"
+        yield [], f"{name}: expected {count} values, got 0"
     elif isinstance(value, list) and isinstance(value[0], int):
         yield from bad_pairs(name, value)
     elif isinstance(value, list):

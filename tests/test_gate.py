@@ -123,6 +123,8 @@ def test_the_network(training):
         outputs = model(torch.randn(2, 3, 64, 64))
         (outputs.logits if training else outputs).sum().backward()
     expected = {
+        "conv3x3_forward": 1,
+        "conv3x3_backward": 1,
         "inception_forward": 9,
         "inception_backward": 9,
         "max_pool_forward": 4,

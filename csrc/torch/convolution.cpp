@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "torch/nhwc.h"
 #include "torch/winograd.h"
 
 namespace inception_ext {
@@ -58,6 +59,12 @@ ConvolutionGradients convolution_same_backward(const Tensor& grad, const Tensor&
   ConvolutionGradients gradients{to<Tensor>(stack[0]), to<Tensor>(stack[1])};
   Tensor bias = to<Tensor>(stack[2]);  // takes the handle, so that it is freed
   return gradients;
+}
+
+Tensor in_layout_of(const Tensor& weight, const Tensor& gradient) {
+  const bool is_nhwc = !weight.is_contiguous() && pixel_stride(weight) == weight.size(1);
+  return torch::stable::contiguous(gradient,
+                                   is_nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 Tensor concatenate(const std::vector<Tensor>& tensors) {

@@ -23,6 +23,9 @@ ConvolutionGradients convolution_same_backward(const Tensor& grad, const Tensor&
                                                const Tensor& weight, bool needs_input,
                                                bool needs_weight);
 
+// A convolution's gradient in the layout of its weight, which is the one that autograd keeps.
+Tensor in_layout_of(const Tensor& weight, const Tensor& gradient);
+
 // Concatenation along dimension 0 ([K, C, 1, 1] weights of several 1x1 convolutions).
 Tensor concatenate(const std::vector<Tensor>& tensors);
 

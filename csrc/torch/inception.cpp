@@ -32,13 +32,6 @@ Tensor merged_weight(const std::vector<Tensor>& conv_weights) {
   return concatenate(parts);
 }
 
-// A convolution's gradient in the layout of its weight, which is the one that autograd keeps.
-Tensor in_layout_of(const Tensor& weight, const Tensor& gradient) {
-  const bool is_nhwc = !weight.is_contiguous() && pixel_stride(weight) == weight.size(1);
-  return torch::stable::contiguous(gradient,
-                                   is_nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
 // One forward pass: holds what its steps share.
 class Forward {
  public:

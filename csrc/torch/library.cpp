@@ -73,6 +73,11 @@ STABLE_TORCH_LIBRARY(INCEPTION_EXT_OPS, m) {
       "int[] strides, int[] paddings, int[] pool, bool training, bool[] needs, bool exact=True) "
       "-> (Tensor, Tensor[], Tensor[], Tensor[])");
 
+  // Convolution 3x3, stride 1, padding 1, float32, on the CPU: weight [K, C, 3, 3] -> channels_last
+  m.def("conv3x3_forward(Tensor x, Tensor weight) -> Tensor");
+  // needs: x, weight -> their gradients, [0] where not needed
+  m.def("conv3x3_backward(Tensor grad, Tensor x, Tensor weight, bool[] needs) -> (Tensor, Tensor)");
+
   // Inference: all write into tensors of the caller, who can plan their memory. T is float16,
   // bfloat16 or float32; x and the outputs are channels_last, or channel slices of such. exact:
   // float32 is multiplied as such and not as TF32.
