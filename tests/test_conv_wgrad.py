@@ -46,8 +46,8 @@ ODD = [
     Wgrad(1, 1, 1, 1, 1),
 ]
 LONG = [
-    Wgrad(24, 40, 28, 28, 1, (3, 3), padding=(1, 1), prologue="batch_norm"),
-    Wgrad(72, 16, 28, 28, 1, prologue="pool", master=True),
+    Wgrad(24, 40, 28, 28, 3, (3, 3), padding=(1, 1), prologue="batch_norm"),
+    Wgrad(72, 16, 28, 28, 3, prologue="pool", master=True),
 ]
 GROUPS = {
     "module's first": FIRST,
@@ -55,6 +55,7 @@ GROUPS = {
     "kernels": KERNELS,
     "odd": ODD,
     "long": LONG,
+    "longer": [Wgrad(3, 16, 112, 112, 1, (3, 3), padding=(1, 1), master=True)],
     "wide": [Wgrad(160, 200, 5, 5, 2), Wgrad(48, 136, 4, 4, 2, (3, 3), padding=(1, 1))],
     "pooled": [
         Wgrad(40, 8, h, w, n, prologue="pool")

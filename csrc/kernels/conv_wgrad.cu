@@ -32,16 +32,17 @@ ConvProblem convolution_of(const WgradProblem& p) {
 }
 
 TileBudget budget_of(const ConvWgradParams& params, const DeviceLimits& device) {
-  const bool splits = params.counters != nullptr && params.partials != nullptr;
   return {element_bytes(params.dtype), device.multiprocessors, device.shared_bytes,
-          splits ? kConvCounterBytes / static_cast<int64_t>(sizeof(int32_t)) : 0,
-          splits ? kConvPartialBytes : 0};
+          params.counters ? kConvCounterBytes / static_cast<int64_t>(sizeof(int32_t)) : 0,
+          kConvPartialBytes};
 }
 
 }  // namespace
 
 cudaError_t conv_wgrad(const ConvWgradParams& params, cudaStream_t stream) {
-  if (params.problems < 1 || params.problems > kMaxConvProblems) return cudaErrorInvalidValue;
+  if (params.problems < 1 || params.problems > kMaxConvProblems || params.partials == nullptr) {
+    return cudaErrorInvalidValue;
+  }
   DeviceLimits device;
   const cudaError_t error = device_limits(device);
   if (error != cudaSuccess) return error;

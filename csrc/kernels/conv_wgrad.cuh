@@ -10,6 +10,9 @@
 // batch norm in place, by the thread that copied a chunk; max pooling from a ring of raw pixels
 // into two tiles that take turns.
 //
+// A block lays its sums aside in global memory after kLongestChain additions, and adds these sums
+// up: rounding errors grow with the number of additions in a row.
+//
 // Blocks that share a tile write their sums to global memory; whoever comes last reads all of them,
 // in a fixed order: results repeat bit for bit.
 #pragma once
@@ -34,20 +37,21 @@ template <typename Math, TileShape kShape>
 __device__ __forceinline__ void compute_wgrad_tile(const ConvWgradLaunch& launch) {
   using T = typename Math::Element;
   constexpr int kAhead = kTileStages - 1;
+  constexpr int32_t kChainSteps = kLongestChain * Math::kProductsAtOnce / kStepPixels<T>;
+  constexpr int kRows = kShape.rows();
   constexpr int kDyBytes = kShape.columns() * kTileRowBytes;
   const WgradTile tile = wgrad_tile_of(launch.plan, blockIdx.x);
   const WgradProblem& p = launch.problem[launch.plan.tiles[tile.entry].gemm];
-  const int32_t steps = tile.end - tile.begin;
-  const int32_t first_m = tile.begin * kStepPixels<T>;
-  const int32_t pixels = p.batch * p.output_h * p.output_w - first_m;
   char* const shared = dynamic_shared();  // kTileStages tiles of dy, then what x needs
+  char* const x_shared = shared + kTileStages * kDyBytes;
   WarpTile<Math, kShape> warp(16 * tile.m_units, tile.n_units);
   warp.spread_rows(tile.m_units);
 
   wait_for_previous_kernel();
   allow_next_kernel();
-  GradLoader<Math, kShape.columns()> grads(p, tile.n, 8 * tile.n_units, first_m);
-  const auto contract = [&](auto x) {
+  const auto contract = [&](int32_t first_m, int32_t steps, auto x) {
+    GradLoader<Math, kShape.columns()> grads(p, tile.n, 8 * tile.n_units, first_m);
+    const int32_t pixels = p.batch * p.output_h * p.output_w - first_m;
     const auto dy_tile = [&](int32_t step) { return shared + step % kTileStages * kDyBytes; };
     const auto load = [&](int32_t step) {
       if (step < steps) {
@@ -77,11 +81,26 @@ __device__ __forceinline__ void compute_wgrad_tile(const ConvWgradLaunch& launch
     wait_copies<0>();
     __syncthreads();
   };
-  char* const x_shared = shared + kTileStages * kDyBytes;
-  if (p.prologue == WgradPrologue::kMaxPool) {
-    contract(PoolOperand<Math, kShape.rows()>(p, tile.m, 16 * tile.m_units, first_m, x_shared));
+  const auto contract_steps = [&](int32_t begin, int32_t end) {
+    const int32_t m = begin * kStepPixels<T>, steps = end - begin;
+    if (p.prologue == WgradPrologue::kMaxPool) {
+      contract(m, steps, PoolOperand<Math, kRows>(p, tile.m, 16 * tile.m_units, m, x_shared));
+    } else {
+      contract(m, steps, TapOperand<Math, kRows>(p, tile.m, 16 * tile.m_units, m, x_shared));
+    }
+  };
+  if constexpr (lays_aside(kShape)) {
+    const int32_t partial = wgrad_partial_of(launch.plan, tile);
+    const int32_t chain = partial < 0 ? tile.end - tile.begin : kChainSteps;
+#pragma unroll 1
+    for (int32_t begin = tile.begin; begin < tile.end; begin += chain) {
+      contract_steps(begin, smaller(begin + chain, tile.end));
+      if (begin > tile.begin) add_partial(warp, launch.partials, partial);
+      if (begin + chain < tile.end) store_partial(warp, launch.partials, partial);
+    }
   } else {
-    contract(TapOperand<Math, kShape.rows()>(p, tile.m, 16 * tile.m_units, first_m, x_shared));
+    static_assert(kChainSteps == kTensorChainSteps);
+    contract_steps(tile.begin, tile.end);
   }
 
   int32_t* const flag = reinterpret_cast<int32_t*>(shared);

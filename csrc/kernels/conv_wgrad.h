@@ -64,7 +64,7 @@ struct ConvWgradParams {
   DType dtype;
   bool exact;         // float32 products in fp32; else on tensor cores, rounded to TF32
   int32_t* counters;  // kConvCounterBytes of zeros, left so; may be nullptr: one block sums a tile
-  float* partials;    // kConvPartialBytes
+  float* partials;    // kConvPartialBytes, for sums that are split and for long ones
 };
 
 // Problems that do not depend on one another; N = 0 gives zeros. cudaErrorInvalidValue: sizes that

@@ -80,9 +80,10 @@ Candidate make_plan(const WgradGemm* gemms, int count, int shape_index, int step
       work += 2.0 * splits * tiles * tile_bytes / kPartialBytesPerClock;
     }
     longest = std::max(longest, clocks);
-    entries[plan.gemms++] = {{i, 0, m_tiles, m_units, n_tiles, n_units, steps, splits, runs,
-                              static_cast<int32_t>(counters), static_cast<int32_t>(partials)},
-                             clocks};
+    entries[plan.gemms++] = {
+        {i, 0, m_tiles, m_units, n_tiles, n_units, steps, splits, runs,
+         static_cast<int32_t>(counters), splits > 1 ? static_cast<int32_t>(partials) : -1},
+        clocks};
     if (splits > 1) {
       counters += tiles * (runs + 1);
       partials += tiles * (splits + runs);
@@ -102,6 +103,12 @@ Candidate make_plan(const WgradGemm* gemms, int count, int shape_index, int step
     plan.tiles[i].first_block = plan.blocks;
     plan.blocks += plan.tiles[i].m_tiles * plan.tiles[i].n_tiles * plan.tiles[i].splits;
   }
+  for (WgradTiles& t : plan.tiles) {  // where there is room left
+    const int64_t needed = int64_t{2} * t.m_tiles * t.n_tiles;
+    if (t.splits != 1 || (partials + needed) * tile_bytes > budget.partial_bytes) continue;
+    t.first_partial = static_cast<int32_t>(partials);
+    partials += needed;
+  }
   // List scheduling ends at most one block after an even share of the work.
   result.clocks = work / budget.multiprocessors + longest;
   return result;
@@ -117,8 +124,11 @@ WgradPlan plan_wgrad(const WgradGemm* gemms, int count, int first_shape, const T
   double clocks = std::numeric_limits<double>::infinity();
   for (int shape = first_shape; shape < kTileShapeCount; ++shape) {
     const int32_t most = ceil_div(pixels, kTileRowBytes / budget.element_bytes);
-    // All steps in one block, then ever fewer: 3/4 of them at a time.
-    for (int32_t steps = most;; steps = std::max(kLeastSteps, steps - ceil_div(steps, 4))) {
+    const bool is_free = lays_aside(kTileShapes[shape]) || most <= kTensorChainSteps;
+    if (!is_free && budget.counters == 0) continue;
+    // All steps in one block, or as many as it may have; then ever fewer: 3/4 of them at a time.
+    for (int32_t steps = is_free ? most : kTensorChainSteps;;
+         steps = std::max(kLeastSteps, steps - ceil_div(steps, 4))) {
       const Candidate candidate = make_plan(gemms, count, shape, steps, budget);
       if (!candidate.fits) break;
       if (candidate.clocks < clocks) {

@@ -14,6 +14,16 @@
 
 namespace inception_ext::kernels {
 
+// Additions in a row that a sum takes: rounding errors grow with their number. A block lays its
+// sums aside by then, in the memory of the partial sums; those of the largest tile leave no
+// registers for that, and their splits are no longer.
+constexpr int32_t kLongestChain = 512;
+constexpr int32_t kTensorChainSteps = kLongestChain / 2;  // a step is two products of tensor cores
+
+INCEPTION_EXT_HOST_DEVICE constexpr bool lays_aside(const TileShape& shape) {
+  return shape.m_fragments * shape.n_fragments <= 16;
+}
+
 struct WgradGemm {
   int32_t rows;        // R * S * C
   int32_t filters;     // K
@@ -34,8 +44,9 @@ struct WgradTiles {
   int32_t splits;         // of the steps
   int32_t runs;           // of the splits; 1: they are added at once
   int32_t first_counter;  // of each tile, where it is split: one for each run, one for all
-  int32_t
-      first_partial;  // in tiles of partial sums, likewise: one for each split, one for each run
+  // In tiles of partial sums, of each tile: one for each split, one for each run; -1: there is no
+  // room for those of a tile that is not split.
+  int32_t first_partial;
 };
 
 struct WgradPlan {
@@ -97,6 +108,13 @@ INCEPTION_EXT_HOST_DEVICE constexpr WgradSums wgrad_sums_of(const WgradPlan& pla
   return {
       {tile.split - first, cut(t.splits, t.runs, run + 1) - first, counter + run, partial + first},
       {run, t.runs, counter + t.runs, partial + t.splits}};
+}
+
+// Where a block may lay its own sums aside; -1: nowhere.
+INCEPTION_EXT_HOST_DEVICE constexpr int32_t wgrad_partial_of(const WgradPlan& plan,
+                                                             const WgradTile& tile) {
+  const SplitSums own = wgrad_sums_of(plan, tile).of_run;
+  return plan.tiles[tile.entry].first_partial < 0 ? -1 : own.partial + own.index;
 }
 
 // Rows of the ring that the max pool prologue reads (device/wgrad_pool.cuh): a step's pixels with

@@ -168,11 +168,14 @@ void conv_wgrad(Tensors grads, Tensors x, Tensors batch_norms, Integers strides,
   }
   for (const Tensor& dw : outputs) operands.push_back({"dw", dw, Use::kWrite});
   const SplitMemory memory = split_memory(kOp, workspace);
+  const Tensor partials = memory.partials
+                              ? *memory.partials
+                              : empty_vector(x[0], kernels::kConvPartialBytes, ScalarType::Byte);
+  params.partials = static_cast<float*>(partials.data_ptr());
+  operands.push_back({"partials", partials, Use::kScratch});
   if (memory.counters) {
     params.counters = static_cast<int32_t*>(memory.counters->data_ptr());
-    params.partials = static_cast<float*>(memory.partials->data_ptr());
     operands.push_back({"counters", *memory.counters, Use::kUpdate});
-    operands.push_back({"partials", *memory.partials, Use::kScratch});
   }
   launch_kernels(kOp, operands,
                  [&](cudaStream_t stream) { return kernels::conv_wgrad(params, stream); });
