@@ -1,5 +1,7 @@
 """The emulated batch norm kernels, launcher by launcher, with several items in a launch."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,14 +70,12 @@ def vectors(tensors: Tensors, norm: Norm) -> dict[str, int]:
     return tensors.fields("READ", mean=norm.mean, rstd=norm.rstd, gamma=norm.gamma, beta=norm.beta)
 
 
-def tile_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the tiles, mean less shift and M2; and shift."""
+def tile_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the tiles, mean less the first pixel, and M2."""
     tiles = kernels.load_module().chunks(*x.shape)
     mean, m2 = torch.full((2, tiles, x.shape[1]), torch.nan)
-    shift = torch.full((x.shape[1],), torch.nan)
     tensors = Tensors()
-    outputs = {"tile_mean": mean, "tile_m2": m2, "shift": shift}
-    fields = tensors.fields("READ", x=x) | tensors.fields("WRITE", **outputs)
+    fields = tensors.fields("READ", x=x) | tensors.fields("WRITE", tile_mean=mean, tile_m2=m2)
     fields |= {
         "x_stride": x.stride(0),
         "pixels": len(x),
@@ -84,7 +84,12 @@ def tile_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "dtype": DTYPE_CODE[x.dtype],
     }
     require_success(kernels.load_module().tile_statistics(fields, tensors.declared))
-    return mean, m2, shift
+    return mean, m2
+
+
+def rows_of(x: Tensor, mean: Tensor) -> int:
+    """Pixels of each tile but the last."""
+    return -(-len(x) // len(mean))
 
 
 def tiles_of(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -98,7 +103,10 @@ def tiles_of(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 def finalize(
     items: list[dict], momentum: float = 0.1, code: int = kernels.SUCCESS
 ) -> list[dict[str, Tensor]]:
-    """Of items with ``tile_mean``, ``tile_m2``, ``pixels``, ``rows``, or ``tile_pixels``."""
+    """Of items with ``tile_mean``, ``tile_m2``, ``pixels``, ``rows``, or ``tile_pixels``.
+
+    ``x`` [P, C]: what tile_mean is relative to.
+    """
     tensors, fields, results = Tensors(), [], []
     for item in items:
         channels = item["tile_mean"].shape[1]
@@ -106,11 +114,13 @@ def finalize(
         running = {k: v for k, v in item.items() if k.startswith("running")}
         fields.append(
             tensors.fields("READ", tile_mean=item["tile_mean"], tile_m2=item["tile_m2"])
-            | tensors.fields("READ", tile_pixels=item.get("tile_pixels"), shift=item.get("shift"))
+            | tensors.fields("READ", tile_pixels=item.get("tile_pixels"), x=item.get("x"))
             | tensors.fields("WRITE", mean=mean, m2=m2, rstd=rstd)
             | tensors.fields("UPDATE", **running)
             | {
                 "tile_stride": item["tile_mean"].stride(0),
+                "x_stride": item["x"].stride(0) if "x" in item else 0,
+                "dtype": DTYPE_CODE[item["x"].dtype] if "x" in item else 0,
                 "pixels": item.get("pixels", 0),
                 "rows_per_tile": item.get("rows", 0),
                 "tiles": len(item["tile_mean"]),
@@ -234,12 +244,11 @@ def keep_clear_of_zero(norm: Norm) -> None:
 def test_tile_statistics(dtype, arrangement, shape):
     norm = Norm(*shape, dtype, 0, arrangement)
     with emulator(seed=1) as launches:
-        mean, m2, shift = tile_statistics(norm.x)
-    assert torch.equal(shift, norm.x[0].float())
-    rows = -(-shape[0] // len(mean))
+        mean, m2 = tile_statistics(norm.x)
+    rows = rows_of(norm.x, mean)
     exact = norm.x.double().split(rows)
     for ours, reference in [
-        (mean + shift, torch.stack([part.mean(0) for part in exact])),
+        (mean + norm.x[::rows].float(), torch.stack([part.mean(0) for part in exact])),
         (m2, torch.stack([part.var(0, correction=0) * len(part) for part in exact])),
     ]:
         assert (ours - reference).abs().max() <= 4e-6 * reference.abs().max()
@@ -252,15 +261,24 @@ def test_tile_statistics(dtype, arrangement, shape):
     assert launch["bytes_read"] <= size + blocks * (256 * 16 + 64 * dtype.itemsize)
 
 
-def test_tile_statistics_of_a_large_mean():
-    x = 1e4 + 1e-2 * torch.randn(4000, 40, generator=generator(1), dtype=torch.float64)
-    x = x.float()
+@each_arrangement
+@pytest.mark.parametrize(
+    ("dtype", "mean"), [(torch.float32, 1e4), (torch.float16, 1e3), (torch.bfloat16, 1e2)], ids=str
+)
+def test_statistics_of_a_large_mean(dtype, mean, arrangement):
+    """Of a deviation of some units in the last place."""
+    deviation = 10 * mean * torch.finfo(dtype).eps
+    values = torch.randn(4000, 40, generator=generator(1), dtype=torch.float64)
+    x = arranged((mean + deviation * values).to(dtype), arrangement)
     with emulator():
-        mean, m2, shift = tile_statistics(x)
-        item = {"tile_mean": mean, "tile_m2": m2, "shift": shift}
-        (result,) = finalize([item | {"pixels": 4000, "rows": -(-4000 // len(mean))}])
+        tile_mean, m2 = tile_statistics(x)
+        item = {"tile_mean": tile_mean, "tile_m2": m2, "x": x, "pixels": 4000}
+        (result,) = finalize([item | {"rows": rows_of(x, tile_mean)}])
     exact = x.double()
-    assert (result["mean"] - exact.mean(0)).abs().max() <= 5.1e-4  # half a unit in the last place
+    # Half a unit in its last place, and four roundings of what is relative to the first pixel.
+    half_unit = 2.0 ** (math.floor(math.log2(mean)) - 24)
+    spread = (exact - exact[0]).abs().max()
+    assert (result["mean"] - exact.mean(0)).abs().max() <= half_unit + 4 * 2.0**-24 * spread
     variance = exact.var(0, correction=0)
     assert ((result["m2"] / 4000 - variance) / variance).abs().max() < 1e-6
 
@@ -479,13 +497,13 @@ def test_same_bits_for_every_seed(dtype):
             merged = finalize(
                 [
                     {
-                        "tile_mean": a,
-                        "tile_m2": b,
-                        "shift": c,
+                        "tile_mean": mean,
+                        "tile_m2": m2,
+                        "x": norm.x,
                         "pixels": 500,
-                        "rows": -(-500 // len(a)),
+                        "rows": rows_of(norm.x, mean),
                     }
-                    for a, b, c in statistics
+                    for norm, (mean, m2) in zip(norms, statistics, strict=True)
                 ]
             )
             ys, gradients = apply(norms), backward(norms)

@@ -291,6 +291,8 @@ def chain_results(
     tensors: dict[str, list[Tensor]],
     window: tuple[list[int], list[int], list[int]],
     training: bool,
+    momentum: float = MOMENTUM,
+    eps: float = EPS,
 ) -> dict[str, Tensor]:
     needs_x = window[0][0] == 1
     leaf = as_leaf(x) if needs_x else x
@@ -299,7 +301,7 @@ def chain_results(
     }
     statistics = {k: [t.clone() for t in tensors[k]] for k in ("running_mean", "running_var")}
     y = library.conv_chain(
-        leaf, *leaves.values(), *statistics.values(), *window, training, MOMENTUM, EPS
+        leaf, *leaves.values(), *statistics.values(), *window, training, momentum, eps
     )
     y.backward(randn(*y.shape, seed=7).to(y))
     results = {"y": y.detach()}

@@ -32,9 +32,8 @@ struct BatchNormTileStatisticsParams {
   int32_t channels;  // C
   int32_t tiles;     // batch_norm_chunks(P, C)
   float* tile_mean;  // [tiles, C], of ceil(P / tiles) pixels each, the last of what is left; less
-                     // `shift`, so that float32 holds the digits that tell large means apart
+                     // the tile's first pixel, so that float32 holds what tells large means apart
   float* tile_m2;    // [tiles, C]
-  float* shift;      // [C], the first pixel
   DType dtype;
 };
 
@@ -44,10 +43,12 @@ cudaError_t batch_norm_tile_statistics(const BatchNormTileStatisticsParams& para
 constexpr int kMaxBatchNormFinalizeItems = 6;
 
 struct BatchNormFinalizeItem {
-  const float* tile_mean;      // [tiles, C]
-  const float* shift;          // [C], to be added to the tiles' means; may be nullptr: 0
+  const float* tile_mean;      // [tiles, C], less the tile's first pixel of x
+  const void* x;               // [P, C], dtype; nullptr: tile_mean is the mean itself
+  int64_t x_stride;            // elements from one pixel to the next
+  DType dtype;                 // of x
   const float* tile_m2;        // [tiles, C], sum of squared deviations from the tile's mean
-  const int32_t* tile_pixels;  // [tiles], may be nullptr: rows_per_tile, the last what is left of P
+  const int32_t* tile_pixels;  // [tiles], not with x; nullptr: rows_per_tile, the last what is left
   int64_t tile_stride;         // elements from one tile to the next, of tile_mean and tile_m2
   int64_t pixels;              // P; not used with tile_pixels
   int32_t rows_per_tile;       // not used with tile_pixels

@@ -2,8 +2,9 @@
 //
 // A block owns eight channels, 32 bytes of each tile. Its threads take the tiles in turn, then the
 // lanes of a warp that share a channel merge, then warp 0 merges the warps: an order that depends
-// on the number of tiles alone. Means are held relative to that of the first tile: where they are
-// large and close to one another, merging in float32 would round away what tells them apart.
+// on the number of tiles alone. Means are held relative to the first pixel, or to the first tile's
+// mean: where they are large and close to one another, merging in float32 would round away what
+// tells them apart.
 #include <cmath>
 #include <cstdint>
 
@@ -27,10 +28,26 @@ struct Blocks {
 };
 
 struct TileStatistics {
+  float first;  // pixel
   float mean;
   float m2;
   float count;
 };
+
+// The tile's first pixel of x; 0 without x.
+__device__ __forceinline__ float first_pixel(const BatchNormFinalizeItem& item, int32_t tile,
+                                             int32_t c) {
+  if (item.x == nullptr) return 0;
+  const int64_t offset = int64_t{tile} * item.rows_per_tile * item.x_stride + c;
+  switch (item.dtype) {
+    case DType::kFloat16:
+      return to_float(load_global(static_cast<const __half*>(item.x) + offset));
+    case DType::kBFloat16:
+      return to_float(load_global(static_cast<const __nv_bfloat16*>(item.x) + offset));
+    default:
+      return load_global(static_cast<const float*>(item.x) + offset);
+  }
+}
 
 __device__ __forceinline__ float pixels_of(const BatchNormFinalizeItem& item, int32_t tile) {
   if (item.tile_pixels != nullptr) return static_cast<float>(load_global(item.tile_pixels + tile));
@@ -67,18 +84,21 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
   const bool inside = c < item.channels;
 
   Moments moments;
-  float shift = 0;
+  float origin = 0;
   if (inside && item.tiles > 0) {
-    shift = load_global(item.tile_mean + c);
+    origin = item.x != nullptr ? first_pixel(item, 0, c) : load_global(item.tile_mean + c);
     walk<4>(
         static_cast<int32_t>(threadIdx.x) / kChannels, item.tiles, warps * kShare,
         [&](int32_t tile) {
           const int64_t offset = tile * item.tile_stride + c;
-          return TileStatistics{load_global(item.tile_mean + offset),
+          return TileStatistics{first_pixel(item, tile, c), load_global(item.tile_mean + offset),
                                 load_global(item.tile_m2 + offset), pixels_of(item, tile)};
         },
         [&](int32_t, const TileStatistics& tile) {
-          moments.merge({tile.count, tile.mean - shift, tile.m2});
+          // The difference of large values first: it is exact.
+          const float mean =
+              item.x != nullptr ? tile.first - origin + tile.mean : tile.mean - origin;
+          moments.merge({tile.count, mean, tile.m2});
         });
   }
   merge_lanes(moments);
@@ -102,8 +122,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
   if (lane >= kChannels || !inside) return;
 
   const float count = moments.count;
-  float mean = shift + moments.mean;
-  if (item.shift != nullptr && item.tiles > 0) mean += load_global(item.shift + c);
+  const float mean = origin + moments.mean;
   const float variance = count > 0 ? moments.m2 / count : 0.0f;
   store_global(item.mean + c, mean);
   if (item.m2 != nullptr) store_global(item.m2 + c, moments.m2);
@@ -118,7 +137,7 @@ bool takes(const BatchNormFinalizeItem& item) {
   return item.channels >= 0 && item.tiles >= 0 && (item.channels == 0 || item.mean != nullptr) &&
          (item.channels == 0 || item.tiles == 0 ||
           (item.tile_mean != nullptr && item.tile_m2 != nullptr &&
-           (item.tile_pixels != nullptr ||
+           ((item.tile_pixels != nullptr && item.x == nullptr) ||
             (item.rows_per_tile > 0 &&
              (item.pixels + item.rows_per_tile - 1) / item.rows_per_tile == item.tiles))));
 }

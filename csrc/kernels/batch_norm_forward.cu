@@ -19,7 +19,7 @@ namespace {
 constexpr int kUnroll = 4;  // loads of a thread under way
 
 // Welford's steps over a thread's pixels, then Chan's over the threads of a channel. Everything is
-// held relative to the first pixel, so that a large mean costs no digits.
+// held relative to the tile's first pixel, so that a large mean costs no digits.
 //
 // Grid: x over groups of channels, y over tiles.
 template <typename T, int kVec>
@@ -34,12 +34,11 @@ __global__ void __launch_bounds__(kGroupThreads, 2)
   const int64_t begin = blockIdx.y * tile_pixels;
   const int32_t size =
       static_cast<int32_t>(p.pixels - begin < tile_pixels ? p.pixels - begin : tile_pixels);
-  const T* first_pixel = static_cast<const T*>(p.x) + group.channel();
-  const T* x = first_pixel + begin * p.x_stride;
+  const T* x = static_cast<const T*>(p.x) + begin * p.x_stride + group.channel();
   float* shared = reinterpret_cast<float*>(dynamic_shared());
 
   if (group.is_active()) {
-    const Vector<T, kVec> first = load_global<kVec>(first_pixel);
+    const Vector<T, kVec> first = load_global<kVec>(x);
     float mean[kVec] = {}, m2[kVec] = {}, count = 0;
     walk<kUnroll>(
         group.row, size, group.rows,
@@ -100,9 +99,6 @@ __global__ void __launch_bounds__(kGroupThreads, 2)
   const int64_t offset = int64_t{blockIdx.y} * p.channels + channel;
   store_global(p.tile_mean + offset, moments.mean);
   store_global(p.tile_m2 + offset, moments.m2);
-  if (blockIdx.y == 0) {
-    store_global(p.shift + channel, to_float(load_global(static_cast<const T*>(p.x) + channel)));
-  }
 }
 
 // Grid: see BatchNormGrid.
@@ -182,7 +178,7 @@ cudaError_t batch_norm_tile_statistics(const BatchNormTileStatisticsParams& p,
   if (p.pixels < 0 || p.channels < 0 || !is_dtype(p.dtype)) return cudaErrorInvalidValue;
   if (p.pixels == 0 || p.channels == 0) return cudaSuccess;
   if (p.tiles != batch_norm_chunks(p.pixels, p.channels) || p.x == nullptr ||
-      p.tile_mean == nullptr || p.tile_m2 == nullptr || p.shift == nullptr) {
+      p.tile_mean == nullptr || p.tile_m2 == nullptr) {
     return cudaErrorInvalidValue;
   }
   return with_dtype(p.dtype, [&](auto zero) {

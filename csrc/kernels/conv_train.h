@@ -36,7 +36,7 @@ struct ConvTrainProblem {
   uint8_t* argmax;     // [N, H, W, C] dense, written by kMaxPool: kh * 3 + kw; may be nullptr
 
   // Statistics of the rounded outputs; may be nullptr. See conv_train_rows for the tiles.
-  float* tile_mean;  // [tiles, K]
+  float* tile_mean;  // [tiles, K], less the tile's first output
   float* tile_m2;    // [tiles, K], sum of squared deviations from the tile's mean
 
   // Added to the outputs: the gradient of a 3x3 max pool (stride 1, padding 1) that has the

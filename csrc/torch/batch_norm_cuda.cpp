@@ -44,7 +44,6 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(Tensor x, Tensor weig
   const int32_t tiles = training ? kernels::batch_norm_chunks(from.count, channels) : 1;
   const Tensor tile_mean = training ? empty_floats(x, {tiles, channels}) : mean_running.tensor();
   const Tensor tile_m2 = training ? empty_floats(x, {tiles, channels}) : var_running.tensor();
-  const Tensor shift = empty_floats(x, {channels});
   const kernels::BatchNormTileStatisticsParams statistics{.x = from.data,
                                                           .x_stride = from.stride,
                                                           .pixels = from.count,
@@ -52,14 +51,15 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(Tensor x, Tensor weig
                                                           .tiles = tiles,
                                                           .tile_mean = floats(tile_mean),
                                                           .tile_m2 = floats(tile_m2),
-                                                          .shift = floats(shift),
                                                           .dtype = dtype};
   // In evaluation the running statistics stand for those of one tile of one pixel.
   const int64_t pixels = training ? from.count : 1;
   kernels::BatchNormFinalizeParams finalize{.items = 1};
   finalize.item[0] = {
       .tile_mean = floats(tile_mean),
-      .shift = training ? floats(shift) : nullptr,
+      .x = training ? from.data : nullptr,
+      .x_stride = from.stride,
+      .dtype = dtype,
       .tile_m2 = floats(tile_m2),
       .tile_stride = channels,
       .pixels = pixels,
@@ -95,7 +95,6 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(Tensor x, Tensor weig
   if (training) {
     operands.push_back({"tile_mean", tile_mean, Use::kScratch});
     operands.push_back({"tile_m2", tile_m2, Use::kScratch});
-    operands.push_back({"shift", shift, Use::kScratch});
   }
   launch_kernels(op, operands, [&](cudaStream_t stream) {
     cudaError_t error = cudaSuccess;

@@ -84,8 +84,8 @@ Result conv_chain_forward(Tensor x, std::vector<Tensor> conv_weights, std::vecto
     kernels::BatchNormFinalizeParams params{};
     auto& item = params.item[params.items++];
     const int64_t channels = chain.channels[i];
-    item = training ? tiles_item(data_of<float>(tile_mean[i]), data_of<float>(tile_m2[i]), channels,
-                                 chain.output_of(i).pixels(), rows, channels, means[i], vars[i])
+    item = training ? tiles_item(Pixels(raw[i]), kernel_dtype(dtype), data_of<float>(tile_mean[i]),
+                                 data_of<float>(tile_m2[i]), channels, rows, means[i], vars[i])
                     : running_item(means[i], vars[i], channels);
     item.mean = norm_of(i, mean, rstd).mean;
     item.rstd = norm_of(i, mean, rstd).rstd;

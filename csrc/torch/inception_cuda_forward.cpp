@@ -113,9 +113,10 @@ Result inception_forward(Tensor x, std::vector<Tensor> conv_weights, std::vector
       const int64_t first = is_merged ? offset : tiles * offset;
       auto& item = params.item[params.items++];
       item = training
-                 ? tiles_item(data_of<float>(tile_mean) + first, data_of<float>(tile_m2) + first,
-                              is_merged ? layout.merged_channels : channels, size.pixels(), rows,
-                              channels, means[conv], vars[conv])
+                 ? tiles_item(raw[conv], kernel_dtype(dtype), data_of<float>(tile_mean) + first,
+                              data_of<float>(tile_m2) + first,
+                              is_merged ? layout.merged_channels : channels, rows, means[conv],
+                              vars[conv])
                  : running_item(means[conv], vars[conv], channels);
       item.mean = norm(conv).mean;
       item.rstd = norm(conv).rstd;

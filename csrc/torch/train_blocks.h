@@ -153,19 +153,23 @@ inline kernels::BatchNormFinalizeItem running_item(const RunningStatistic& mean,
   return item;
 }
 
-// Statistics that conv_train left in tiles of `rows` pixels, each `stride` channels wide.
-inline kernels::BatchNormFinalizeItem tiles_item(const float* tile_mean, const float* tile_m2,
-                                                 int64_t stride, int64_t pixels, int32_t rows,
-                                                 int64_t channels, const RunningStatistic& mean,
+// Statistics of `raw` that conv_train left in tiles of `rows` pixels, each `stride` channels wide.
+inline kernels::BatchNormFinalizeItem tiles_item(const Pixels& raw, kernels::DType dtype,
+                                                 const float* tile_mean, const float* tile_m2,
+                                                 int64_t stride, int32_t rows,
+                                                 const RunningStatistic& mean,
                                                  const RunningStatistic& var) {
   kernels::BatchNormFinalizeItem item{};
   item.tile_mean = tile_mean;
+  item.x = raw.data;
+  item.x_stride = raw.stride;
+  item.dtype = dtype;
   item.tile_m2 = tile_m2;
   item.tile_stride = stride;
-  item.pixels = pixels;
+  item.pixels = raw.count;
   item.rows_per_tile = rows;
-  item.tiles = static_cast<int32_t>((pixels + rows - 1) / rows);
-  item.channels = static_cast<int32_t>(channels);
+  item.tiles = static_cast<int32_t>((raw.count + rows - 1) / rows);
+  item.channels = static_cast<int32_t>(raw.channels);
   item.running_mean = mean.data();
   item.running_var = var.data();
   return item;

@@ -4,7 +4,8 @@
 //   n = n_a + n_b,  d = mean_b - mean_a,  mean = mean_a + d * n_b / n,
 //   m2 = m2_a + m2_b + d^2 * n_a * n_b / n
 //
-// in a fixed order.
+// in a fixed order. Means are relative: a warp's to its first row, the tile's to the tile's. Where
+// they are large, float32 would not hold what the deviations are made of.
 #pragma once
 
 #include <cstdint>
@@ -20,14 +21,15 @@ namespace inception_ext::kernels {
 template <typename Math, TileShape kShape>
 class TileStatistics {
  public:
-  static constexpr int kFloats = kShape.warps_m * kShape.columns() * 2;  // of shared memory
+  static constexpr int kPlane = kShape.warps_m * kShape.columns();
+  static constexpr int kFloats = 3 * kPlane;  // of shared memory: first row, mean, m2
 
   // Of the warp's columns. `rows`: of the block's tile that hold pixels.
   static __device__ __forceinline__ void put(const WarpTile<Math, kShape>& warp, int32_t rows,
                                              float* shared) {
     using T = typename Math::Element;
     const int lane = threadIdx.x % 32;
-    float* own = shared + threadIdx.x / 32 / kShape.warps_n * kShape.columns() * 2;
+    float* own = shared + threadIdx.x / 32 / kShape.warps_n * kShape.columns();
     const int32_t count = warp_rows(rows, warp.row);
     const float divisor = count > 0 ? static_cast<float>(count) : 1.0f;
 #pragma unroll
@@ -36,14 +38,17 @@ class TileStatistics {
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
         // Row 16 * i + 8 * half + lane / 4 of the warp's rows.
+        const auto value_of = [&](int i, int half) {
+          return to_float(from_float<T>(warp.sum[i][j][2 * half + column]));
+        };
+        const float first = __shfl_sync(0xffffffffu, value_of(0, 0), lane % 4);
         const auto sum_rows = [&](const auto& term) {
           float sum = 0;
 #pragma unroll
           for (int i = 0; i < kShape.m_fragments; ++i) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              const float value = to_float(from_float<T>(warp.sum[i][j][2 * half + column]));
-              if (16 * i + 8 * half + lane / 4 < count) sum += term(value);
+              if (16 * i + 8 * half + lane / 4 < count) sum += term(value_of(i, half) - first);
             }
           }
 #pragma unroll
@@ -54,7 +59,9 @@ class TileStatistics {
         const float m2 = sum_rows([&](float value) { return (value - mean) * (value - mean); });
         if (lane < 4) {
           const int k = warp.column + 8 * j + 2 * lane + column;
-          store_shared<2>(own + 2 * k, Vector<float, 2>{mean, m2});
+          store_shared(own + k, first);
+          store_shared(own + kPlane + k, mean);
+          store_shared(own + 2 * kPlane + k, m2);
         }
       }
     }
@@ -64,16 +71,17 @@ class TileStatistics {
   static __device__ __forceinline__ void write(int32_t rows, int32_t columns, const float* shared,
                                                float* tile_mean, float* tile_m2) {
     for (int32_t k = threadIdx.x; k < columns; k += kTileThreads) {
+      const float first = load_shared(shared + k);
       float mean = 0, m2 = 0, count = 0;
 #pragma unroll
       for (int i = 0; i < kShape.warps_m; ++i) {
         const int32_t more = warp_rows(rows, i * kShape.m_fragments * 16);
         if (more == 0) break;
-        const Vector<float, 2> part = load_shared<2>(shared + (i * kShape.columns() + k) * 2);
+        const float* part = shared + i * kShape.columns() + k;
         const float total = count + more;
-        const float delta = part.data[0] - mean;
+        const float delta = load_shared(part) - first + load_shared(part + kPlane) - mean;
         mean += delta * (more / total);
-        m2 += part.data[1] + delta * delta * (count * (more / total));
+        m2 += load_shared(part + 2 * kPlane) + delta * delta * (count * (more / total));
         count = total;
       }
       store_global(tile_mean + k, mean);

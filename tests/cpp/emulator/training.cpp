@@ -86,7 +86,9 @@ void fill(const py::dict& fields, MaxPoolForwardParams& to) {
 
 void fill(const py::dict& fields, BatchNormFinalizeItem& to) {
   INCEPTION_EXT_READ(tile_mean);
-  INCEPTION_EXT_READ(shift);
+  INCEPTION_EXT_READ(x);
+  INCEPTION_EXT_READ(x_stride);
+  INCEPTION_EXT_READ(dtype);
   INCEPTION_EXT_READ(tile_m2);
   INCEPTION_EXT_READ(tile_pixels);
   INCEPTION_EXT_READ(tile_stride);
@@ -161,7 +163,6 @@ int tile_statistics(const py::dict& fields, const std::vector<Tensor>& tensors) 
   INCEPTION_EXT_READ(tiles);
   INCEPTION_EXT_READ(tile_mean);
   INCEPTION_EXT_READ(tile_m2);
-  INCEPTION_EXT_READ(shift);
   INCEPTION_EXT_READ(dtype);
   return run(batch_norm_tile_statistics, to, tensors);
 }
