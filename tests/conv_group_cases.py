@@ -7,52 +7,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from closeness import NOISE_FLOOR_EPS, assert_as_good_as_eager
+from conv_cases import MATH, Geometry, assert_within_tf32, to_tf32
 from kernel_devices import arranged, assert_margin_untouched, kernel_ops, torch_device
 from torch import Tensor
 
 from inception_ext.reference import pack_weight
 
-# How products are made: the dtype, and `exact`.
-MATH = {
-    "float16": (torch.float16, False),
-    "bfloat16": (torch.bfloat16, False),
-    "tf32": (torch.float32, False),
-    "float32": (torch.float32, True),
-}
-
 
 @dataclass(frozen=True)
-class Conv:
-    """One problem: x [n, c, h, w], k filters; ``x`` and ``y`` are ARRANGEMENTS."""
+class Conv(Geometry):
+    """One problem; ``x`` and ``y`` are ARRANGEMENTS."""
 
-    c: int = 8
-    k: int = 8
-    h: int = 6
-    w: int = 5
-    n: int = 1
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
     pool: bool = False
     relu: bool = True
-    segments: tuple[int, ...] = ()  # channels of each; (): k
     x: str = "channels_last"
     y: str = "channels_last"
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return self.segments or (self.k,)
-
-    @property
-    def output_size(self) -> tuple[int, int]:
-        sizes = zip((self.h, self.w), self.kernel, self.stride, self.padding, strict=True)
-        p, q = ((size + 2 * pad - kernel) // step + 1 for size, kernel, step, pad in sizes)
-        return p, q
-
-    @property
-    def macs(self) -> int:
-        p, q = self.output_size
-        return self.n * p * q * self.k * self.c * self.kernel[0] * self.kernel[1]
 
 
 @dataclass
@@ -77,11 +46,6 @@ def operands(conv: Conv, dtype: torch.dtype, seed: int = 0) -> Operands:
 
 def group_operands(convs: Sequence[Conv], dtype: torch.dtype, seed: int = 0) -> list[Operands]:
     return [operands(conv, dtype, seed + i) for i, conv in enumerate(convs)]
-
-
-def workspace_of(device: str) -> Tensor:
-    size = kernel_ops(device).conv_group_workspace_bytes()
-    return torch.zeros(size, dtype=torch.uint8, device=torch_device(device))
 
 
 def arguments(
@@ -142,29 +106,18 @@ def plain(conv: Conv, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return y.relu() if conv.relu else y
 
 
-def to_tf32(x: Tensor) -> Tensor:
-    """Rounded to 10 bits of mantissa, ties away from zero, as cvt.rna does; NaN stays."""
-    bits = (x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF
-    return torch.where(x.isfinite(), bits.view(torch.float32), x)
-
-
 def assert_right(conv: Conv, tensors: Operands, y: Tensor, math: str, device: str) -> None:
     """The error against float64 is at most twice eager's, plus the noise floor.
 
     TF32: the twin is eager float32 on factors rounded to TF32, and so is the reference in float64:
     the product of two 11-bit mantissas is exact in float32, so that sums are all that may differ.
-    Tensor cores may cut off bits of a sum: on a GPU the bound is that on the result for the
-    factors as they are. Rounding changes a factor by at most 2^-11 of it, a product by
-    2^-10 + 2^-22, and each of the K additions changes the sum by at most 2^-22 of the products'
-    magnitude.
+    On a GPU the result is held to its bound for the factors as they are.
     """
     values = (tensors.x, tensors.weight, tensors.bias)
     if math == "tf32" and device != "emulator":
         magnitude = plain(replace(conv, relu=False), *(v.double().abs() for v in values))
-        terms = conv.c * conv.kernel[0] * conv.kernel[1]
-        bound = (2.0**-10 + 2.0**-22 * (terms + 1)) * magnitude
-        error = (y.double() - plain(conv, *(v.double() for v in values))).abs()
-        assert bool((error <= bound).all())
+        exact = plain(conv, *(v.double() for v in values))
+        assert_within_tf32(y, exact, magnitude, conv.c * conv.kernel[0] * conv.kernel[1])
         return
     if math == "tf32":
         values = (to_tf32(tensors.x), to_tf32(tensors.weight), tensors.bias)

@@ -7,51 +7,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from closeness import NOISE_FLOOR_EPS, assert_as_good_as_eager
+from conv_cases import MATH, Geometry, assert_within_tf32, to_tf32
 from kernel_devices import arranged, kernel_ops, torch_device
 from torch import Tensor
 
-# How products are made: the dtype, and `exact`.
-MATH = {
-    "float16": (torch.float16, False),
-    "bfloat16": (torch.bfloat16, False),
-    "tf32": (torch.float32, False),
-    "float32": (torch.float32, True),
-}
-
 
 @dataclass(frozen=True)
-class Wgrad:
-    """One problem: x [n, c, h, w], k filters; ``x`` and ``grad`` are ARRANGEMENTS."""
+class Wgrad(Geometry):
+    """One problem; ``x`` and ``grad`` are ARRANGEMENTS."""
 
-    c: int = 8
-    k: int = 8
-    h: int = 6
-    w: int = 5
-    n: int = 1
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
     prologue: str = "none"  # or batch_norm, pool
-    segments: tuple[int, ...] = ()  # filters of each; (): k
     x: str = "channels_last"
     grad: str = "channels_last"
     out: str = "contiguous"  # or channels_last, sliced
     master: bool = False  # float32 results
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return self.segments or (self.k,)
-
-    @property
-    def output_size(self) -> tuple[int, int]:
-        sizes = zip((self.h, self.w), self.kernel, self.stride, self.padding, strict=True)
-        p, q = ((size + 2 * pad - kernel) // step + 1 for size, kernel, step, pad in sizes)
-        return p, q
-
-    @property
-    def macs(self) -> int:
-        p, q = self.output_size
-        return self.n * p * q * self.k * self.c * self.kernel[0] * self.kernel[1]
 
 
 @dataclass
@@ -79,11 +48,6 @@ def operands(case: Wgrad, dtype: torch.dtype, seed: int = 0) -> Operands:
 
 def group_operands(cases: Sequence[Wgrad], dtype: torch.dtype, seed: int = 0) -> list[Operands]:
     return [operands(case, dtype, seed + i) for i, case in enumerate(cases)]
-
-
-def workspace_of(device: str) -> Tensor:
-    size = kernel_ops(device).conv_group_workspace_bytes()
-    return torch.zeros(size, dtype=torch.uint8, device=torch_device(device))
 
 
 def result(case: Wgrad, filters: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -176,21 +140,13 @@ def by_windows(case: Wgrad, grad: Tensor, x: Tensor) -> Tensor:
     return dw.view(case.k, case.c, *case.kernel)
 
 
-def to_tf32(x: Tensor) -> Tensor:
-    """Rounded to 10 bits of mantissa, ties away from zero, as cvt.rna does; NaN stays."""
-    bits = (x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF
-    return torch.where(x.isfinite(), bits.view(torch.float32), x)
-
-
 def assert_right(case: Wgrad, tensors: Operands, dw: Tensor, math: str, device: str) -> None:
     """The error against float64 is at most twice eager's, plus the noise floor.
 
     Float32 results of 16-bit factors are held to eager float32 on the same factors. TF32: the twin
     is eager float32 on factors rounded to TF32, and so is the reference in float64: the product of
-    two 11-bit mantissas is exact in float32, so that sums are all that may differ. Tensor cores may
-    cut off bits of a sum: on a GPU the bound is that on the result for the factors as they are.
-    Rounding changes a factor by at most 2^-11 of it, a product by 2^-10 + 2^-22, and each addition
-    changes the sum by at most 2^-22 of the products' magnitude.
+    two 11-bit mantissas is exact in float32, so that sums are all that may differ. On a GPU the
+    result is held to its bound for the factors as they are.
     """
     x = prepared(case, tensors.x, tensors.batch_norm)
     grad = tensors.grad
@@ -198,8 +154,7 @@ def assert_right(case: Wgrad, tensors: Operands, dw: Tensor, math: str, device: 
         exact = plain(case, grad.double(), x.double())
         magnitude = plain(case, grad.double().abs(), x.double().abs())
         p, q = case.output_size
-        bound = (2.0**-10 + 2.0**-22 * (case.n * p * q + 1)) * magnitude
-        assert bool(((dw.double() - exact).abs() <= bound).all())
+        assert_within_tf32(dw, exact, magnitude, case.n * p * q)
         return
     if math == "tf32":
         x, grad = to_tf32(x), to_tf32(grad)

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conv_cases import MATH, workspace_of
 from conv_group_cases import (
-    MATH,
     Conv,
     arguments,
     assert_right,
@@ -15,7 +15,6 @@ from conv_group_cases import (
     operands,
     plain,
     run,
-    workspace_of,
 )
 from kernel_devices import (
     ARRANGEMENTS,

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from conv_cases import MATH, workspace_of
 from conv_group_cases import (
-    MATH,
     Conv,
     arguments,
     assert_right,
@@ -14,7 +14,6 @@ from conv_group_cases import (
     operands,
     plain,
     run,
-    workspace_of,
 )
 from kernel_devices import each_device, kernel_ops, kernels_on, needs_emulator
 from torch import Tensor

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conv_wgrad_cases import MATH, Wgrad, check, group_operands, run, workspace_of
+from conv_cases import MATH, workspace_of
+from conv_wgrad_cases import Wgrad, check, group_operands, run
 from kernel_devices import each_device, kernels_on, needs_emulator
 
 each_math = pytest.mark.parametrize("math", MATH)

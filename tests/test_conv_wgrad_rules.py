@@ -5,15 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from conv_cases import MATH, workspace_of
 from conv_wgrad_cases import (
-    MATH,
     Wgrad,
     arguments,
     by_windows,
     group_operands,
     prepared,
     run,
-    workspace_of,
 )
 from kernel_devices import each_device, kernel_ops, kernels_on, needs_emulator
 from torch import Tensor

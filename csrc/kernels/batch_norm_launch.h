@@ -6,6 +6,7 @@
 #include "batch_norm.h"
 #include "device/channel_group.cuh"
 #include "device/types.cuh"
+#include "variants.h"
 
 namespace inception_ext::kernels {
 
@@ -52,12 +53,6 @@ template <typename T>
 bool is_vectorizable(const void* data, int64_t stride, int32_t channels) {
   return is_aligned(data, 16) && stride % kVectorSize<T> == 0 && channels % kVectorSize<T> == 0;
 }
-
-// A type as a value.
-template <typename T>
-struct Kind {
-  using Type = T;
-};
 
 // function(T()) for the C++ type of a dtype.
 template <typename Function>

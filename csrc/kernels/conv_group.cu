@@ -4,6 +4,7 @@
 #include "device/tensor_math.cuh"
 #include "launch.h"
 #include "tile_plan.h"
+#include "variants.h"
 
 namespace inception_ext::kernels {
 namespace {
@@ -38,17 +39,9 @@ cudaError_t conv_group(const ConvGroupParams& params, cudaStream_t stream) {
   if (group.plan.shape < 0) return cudaErrorNotSupported;
   if (group.plan.blocks == 0) return cudaSuccess;
   note_useful_macs(useful);
-  switch (params.dtype) {
-    case DType::kFloat16:
-      return run_conv_group<TensorMath<__half>>(group, stream);
-    case DType::kBFloat16:
-      return scalar ? run_conv_group<ScalarMath<__nv_bfloat16>>(group, stream)
-                    : run_conv_group<TensorMath<__nv_bfloat16>>(group, stream);
-    case DType::kFloat32:
-      return scalar ? run_conv_group<ScalarMath<float>>(group, stream)
-                    : run_conv_group<TensorMath<float>>(group, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_math<TensorMath, ScalarMath>(params.dtype, scalar, [&](auto math) {
+    return run_conv_group<typename decltype(math)::Type>(group, stream);
+  });
 }
 
 cudaError_t max_pooled_width(DType dtype, int32_t* width) {

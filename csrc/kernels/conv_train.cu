@@ -5,6 +5,7 @@
 #include "device/tensor_math.cuh"
 #include "launch.h"
 #include "tile_plan.h"
+#include "variants.h"
 
 namespace inception_ext::kernels {
 namespace {
@@ -55,17 +56,9 @@ cudaError_t conv_train(const ConvTrainParams& params, cudaStream_t stream) {
   }
   note_useful_macs(useful);
   const bool scalar = is_scalar(params.dtype, params.exact, device);
-  switch (params.dtype) {
-    case DType::kFloat16:
-      return run_conv_train<TensorMath<__half>>(group, stream);
-    case DType::kBFloat16:
-      return scalar ? run_conv_train<ScalarMath<__nv_bfloat16>>(group, stream)
-                    : run_conv_train<TensorMath<__nv_bfloat16>>(group, stream);
-    case DType::kFloat32:
-      return scalar ? run_conv_train<ScalarMath<float>>(group, stream)
-                    : run_conv_train<TensorMath<float>>(group, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_math<TensorMath, ScalarMath>(params.dtype, scalar, [&](auto math) {
+    return run_conv_train<typename decltype(math)::Type>(group, stream);
+  });
 }
 
 cudaError_t conv_train_rows(const ConvTrainParams& params, int32_t* rows) {

@@ -19,6 +19,7 @@
 #include "device/tile_store.cuh"
 #include "device/warp_tile.cuh"
 #include "launch.h"
+#include "variants.h"
 
 namespace inception_ext::kernels {
 
@@ -167,23 +168,13 @@ __global__ void __launch_bounds__(kTileThreads, min_resident_train(kTileShapes[k
   }
 }
 
-template <typename Math, int kShape>
-cudaError_t launch_conv_train(const ConvTrainLaunch& group, cudaStream_t stream) {
-  return launch_dependent(conv_train_kernel<Math, kShape>, dim3(group.plan.blocks),
-                          dim3(kTileThreads), group.plan.shared_bytes, stream, group);
-}
-
 template <typename Math>
 cudaError_t run_conv_train(const ConvTrainLaunch& group, cudaStream_t stream) {
-  switch (group.plan.shape) {
-    case 0:
-      if constexpr (Math::kFirstShape > 0) return cudaErrorNotSupported;
-      return launch_conv_train<Math, Math::kFirstShape>(group, stream);
-    case 1:
-      return launch_conv_train<Math, 1>(group, stream);
-    default:
-      return launch_conv_train<Math, 2>(group, stream);
-  }
+  return with_shape<Math::kFirstShape>(group.plan.shape, [&](auto shape) {
+    return launch_dependent(conv_train_kernel<Math, decltype(shape)::value>,
+                            dim3(group.plan.blocks), dim3(kTileThreads), group.plan.shared_bytes,
+                            stream, group);
+  });
 }
 
 }  // namespace inception_ext::kernels

@@ -3,6 +3,7 @@
 #include "conv_wgrad_launch.h"
 #include "device/pixel_math.cuh"
 #include "launch.h"
+#include "variants.h"
 #include "wgrad_plan.h"
 
 namespace inception_ext::kernels {
@@ -65,17 +66,9 @@ cudaError_t conv_wgrad(const ConvWgradParams& params, cudaStream_t stream) {
   group.plan = plan_wgrad(gemms, params.problems, first_shape, budget_of(params, device));
   if (group.plan.shape < 0) return cudaErrorNotSupported;
   note_useful_macs(useful);
-  switch (params.dtype) {
-    case DType::kFloat16:
-      return run_conv_wgrad<PixelTensorMath<__half>>(group, stream);
-    case DType::kBFloat16:
-      return scalar ? run_conv_wgrad<PixelScalarMath<__nv_bfloat16>>(group, stream)
-                    : run_conv_wgrad<PixelTensorMath<__nv_bfloat16>>(group, stream);
-    case DType::kFloat32:
-      return scalar ? run_conv_wgrad<PixelScalarMath<float>>(group, stream)
-                    : run_conv_wgrad<PixelTensorMath<float>>(group, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_math<PixelTensorMath, PixelScalarMath>(params.dtype, scalar, [&](auto math) {
+    return run_conv_wgrad<typename decltype(math)::Type>(group, stream);
+  });
 }
 
 }  // namespace inception_ext::kernels

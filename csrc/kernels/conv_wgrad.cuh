@@ -28,6 +28,7 @@
 #include "device/wgrad_pool.cuh"
 #include "device/wgrad_store.cuh"
 #include "launch.h"
+#include "variants.h"
 #include "wgrad_plan.h"
 
 namespace inception_ext::kernels {
@@ -128,23 +129,13 @@ __global__ void __launch_bounds__(kTileThreads, wgrad_resident(kTileShapes[kShap
   }
 }
 
-template <typename Math, int kShape>
-cudaError_t launch_conv_wgrad(const ConvWgradLaunch& group, cudaStream_t stream) {
-  return launch_dependent(conv_wgrad_kernel<Math, kShape>, dim3(group.plan.blocks),
-                          dim3(kTileThreads), group.plan.shared_bytes, stream, group);
-}
-
 template <typename Math>
 cudaError_t run_conv_wgrad(const ConvWgradLaunch& group, cudaStream_t stream) {
-  switch (group.plan.shape) {
-    case 0:
-      if constexpr (Math::kFirstShape > 0) return cudaErrorNotSupported;
-      return launch_conv_wgrad<Math, Math::kFirstShape>(group, stream);
-    case 1:
-      return launch_conv_wgrad<Math, 1>(group, stream);
-    default:
-      return launch_conv_wgrad<Math, 2>(group, stream);
-  }
+  return with_shape<Math::kFirstShape>(group.plan.shape, [&](auto shape) {
+    return launch_dependent(conv_wgrad_kernel<Math, decltype(shape)::value>,
+                            dim3(group.plan.blocks), dim3(kTileThreads), group.plan.shared_bytes,
+                            stream, group);
+  });
 }
 
 }  // namespace inception_ext::kernels

@@ -9,12 +9,14 @@
 // shared memory, then computes one tile (stem_plan.h) after another.
 #include <cstdint>
 
+#include "conv_problem.h"
 #include "device/pooled_tile.cuh"
 #include "device/stem_patch.cuh"
 #include "device/sync.cuh"
 #include "device/tensor_math.cuh"
 #include "launch.h"
 #include "stem.h"
+#include "variants.h"
 
 namespace inception_ext::kernels {
 namespace {
@@ -138,18 +140,10 @@ cudaError_t stem_conv_pool(const StemConvPoolParams& p, cudaStream_t stream) {
   if (!p.x || !p.weight || !p.bias || !p.y) return cudaErrorInvalidValue;
   DeviceLimits device;
   if (const cudaError_t error = device_limits(device); error != cudaSuccess) return error;
-  const bool sm_80 = device.capability >= 80;
-  switch (p.dtype) {
-    case DType::kFloat16:
-      return launch_math<TensorMath<__half>>(p, device, stream);
-    case DType::kBFloat16:
-      return sm_80 ? launch_math<TensorMath<__nv_bfloat16>>(p, device, stream)
-                   : launch_math<ScalarMath<__nv_bfloat16>>(p, device, stream);
-    case DType::kFloat32:
-      return sm_80 && !p.exact ? launch_math<TensorMath<float>>(p, device, stream)
-                               : launch_math<ScalarMath<float>>(p, device, stream);
-  }
-  return cudaErrorInvalidValue;
+  const bool scalar = is_scalar(p.dtype, p.exact, device);
+  return with_math<TensorMath, ScalarMath>(p.dtype, scalar, [&](auto math) {
+    return launch_math<typename decltype(math)::Type>(p, device, stream);
+  });
 }
 
 cudaError_t stem_fits(DType dtype, bool& fits) {

@@ -45,11 +45,7 @@ kernels::ConvProblem make_problem(const Tensor& x, const Tensor& weight, const T
       .has_shape({weight.size(0)})
       .has_dtype({ScalarType::Float});
   if (!bias.is_contiguous()) fail(kOp, bias_name.c_str(), "expected a contiguous tensor");
-  const bool plain = kernel.h == 1 && kernel.w == 1 && stride.h == 1 && stride.w == 1 &&
-                     padding.h == 0 && padding.w == 0;
-  if (pool && !plain) {
-    fail(kOp, item("pools", i).c_str(), "expected false unless kernel 1x1, stride 1, padding 0");
-  }
+  if (pool) check_pooled(kOp, i, kernel, stride, padding);
   kernels::ConvProblem problem{.x = x.data_ptr(),
                                .weight = weight.data_ptr(),
                                .bias = static_cast<const float*>(bias.data_ptr()),
@@ -93,10 +89,7 @@ kernels::ConvProblem make_problem(const Tensor& x, const Tensor& weight, const T
 void conv_group(Tensors x, Tensors weights, Tensors biases, Integers kernel_sizes, Integers strides,
                 Integers paddings, std::vector<bool> pools, std::vector<bool> relus,
                 Integers segments, bool exact, std::optional<Tensor> workspace, Tensors outputs) {
-  const size_t count = x.size();
-  if (count < 1 || count > kernels::kMaxConvProblems) {
-    fail(kOp, "x", "expected 1 to ", kernels::kMaxConvProblems, " tensors, got ", count);
-  }
+  const size_t count = problem_count(kOp, x);
   check_length(kOp, "weights", weights.size(), count);
   check_length(kOp, "biases", biases.size(), count);
   check_length(kOp, "kernel_sizes", kernel_sizes.size(), 2 * count);
@@ -118,21 +111,13 @@ void conv_group(Tensors x, Tensors weights, Tensors biases, Integers kernel_size
   size_t used = 0;
   for (size_t i = 0; i < count; ++i) {
     check_images(kOp, "x", i, x[i], x[0].scalar_type());
-    if (segments[i] < 1 || segments[i] > kernels::kMaxConvSegments) {
-      fail(kOp, item("segments", i).c_str(), "expected 1 to ", kernels::kMaxConvSegments, ", got ",
-           segments[i]);
-    }
-    const auto last = used + static_cast<size_t>(segments[i]);
-    if (last > outputs.size()) {
-      fail(kOp, "outputs", "expected as many tensors as all segments, got ", outputs.size());
-    }
+    const Tensor* parts = take_outputs(kOp, segments, i, outputs, used);
     bool pool = pools[i];
     inputs.push_back(pooled_where_wide(kOp, by_pixels(x[i]), pool));
     params.problem[i] = make_problem(
         inputs[i], weights[i], biases[i], pair_of(kOp, "kernel_sizes", kernel_sizes, i, 1),
         pair_of(kOp, "strides", strides, i, 1), pair_of(kOp, "paddings", paddings, i, 0), pool,
-        relus[i], &outputs[used], segments[i], i);
-    used = last;
+        relus[i], parts, segments[i], i);
   }
   check_length(kOp, "outputs", outputs.size(), used);
 

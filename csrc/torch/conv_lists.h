@@ -29,6 +29,29 @@ inline void check_length(const char* op, const char* name, size_t got, size_t ex
   if (got != expected) fail(op, name, "expected ", expected, " entries, got ", got);
 }
 
+// How many problems there are, by the first list.
+inline size_t problem_count(const char* op, const Tensors& x) {
+  if (x.empty() || x.size() > kernels::kMaxConvProblems) {
+    fail(op, "x", "expected 1 to ", kernels::kMaxConvProblems, " tensors, got ", x.size());
+  }
+  return x.size();
+}
+
+// The outputs of problem i, segments[i] of them, where `used` belong to those before it.
+inline const Tensor* take_outputs(const char* op, const Integers& segments, size_t i,
+                                  const Tensors& outputs, size_t& used) {
+  if (segments[i] < 1 || segments[i] > kernels::kMaxConvSegments) {
+    fail(op, item("segments", i).c_str(), "expected 1 to ", kernels::kMaxConvSegments, ", got ",
+         segments[i]);
+  }
+  const Tensor* first = outputs.data() + used;
+  used += static_cast<size_t>(segments[i]);
+  if (used > outputs.size()) {
+    fail(op, "outputs", "expected as many tensors as all segments, got ", outputs.size());
+  }
+  return first;
+}
+
 // Height and width of problem i.
 struct Pair {
   int64_t h, w;
@@ -43,6 +66,14 @@ inline Pair pair_of(const char* op, const char* name, const Integers& values, si
     }
   }
   return pair;
+}
+
+// A convolution [R, S] whose input may be max pooled on load.
+inline void check_pooled(const char* op, size_t i, Pair kernel, Pair stride, Pair padding) {
+  if (kernel.h != 1 || kernel.w != 1 || stride.h != 1 || stride.w != 1 || padding.h != 0 ||
+      padding.w != 0) {
+    fail(op, item("pools", i).c_str(), "expected false unless kernel 1x1, stride 1, padding 0");
+  }
 }
 
 // Images [N, C, H, W] of problem i.

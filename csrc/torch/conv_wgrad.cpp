@@ -78,10 +78,7 @@ kernels::WgradProblem make_problem(const Tensor& grad, const Tensor& x, const Te
   const int64_t q = window_positions(kOp, outputs_name, w, s, stride.w, padding.w);
   check_cuda_activation({kOp, grad_name.c_str(), grad});
   Argument{kOp, grad_name.c_str(), grad}.has_dtype({x.scalar_type()}).has_shape({n, filters, p, q});
-  const bool plain = r == 1 && s == 1 && stride.h == 1 && stride.w == 1 && p == h && q == w;
-  if (pool && !plain) {
-    fail(kOp, item("pools", i).c_str(), "expected false unless kernel 1x1, stride 1, padding 0");
-  }
+  if (pool) check_pooled(kOp, i, {r, s}, stride, padding);
   const Vectors vectors = vectors_of(batch_norm, c, i);
   if (pool && vectors.mean) {
     fail(kOp, item("pools", i).c_str(), "expected false where batch_norms has an entry");
@@ -120,10 +117,7 @@ kernels::WgradProblem make_problem(const Tensor& grad, const Tensor& x, const Te
 void conv_wgrad(Tensors grads, Tensors x, Tensors batch_norms, Integers strides, Integers paddings,
                 std::vector<bool> pools, Integers segments, bool exact,
                 std::optional<Tensor> workspace, Tensors outputs) {
-  const size_t count = x.size();
-  if (count < 1 || count > kernels::kMaxConvProblems) {
-    fail(kOp, "x", "expected 1 to ", kernels::kMaxConvProblems, " tensors, got ", count);
-  }
+  const size_t count = problem_count(kOp, x);
   check_length(kOp, "grads", grads.size(), count);
   check_length(kOp, "batch_norms", batch_norms.size(), count);
   check_length(kOp, "strides", strides.size(), 2 * count);
@@ -142,21 +136,13 @@ void conv_wgrad(Tensors grads, Tensors x, Tensors batch_norms, Integers strides,
   for (size_t i = 0; i < count; ++i) {
     check_images(kOp, "x", i, x[i], x[0].scalar_type());
     check_images(kOp, "grads", i, grads[i], x[0].scalar_type());
-    if (segments[i] < 1 || segments[i] > kernels::kMaxConvSegments) {
-      fail(kOp, item("segments", i).c_str(), "expected 1 to ", kernels::kMaxConvSegments, ", got ",
-           segments[i]);
-    }
-    const auto last = used + static_cast<size_t>(segments[i]);
-    if (last > outputs.size()) {
-      fail(kOp, "outputs", "expected as many tensors as all segments, got ", outputs.size());
-    }
+    const Tensor* parts = take_outputs(kOp, segments, i, outputs, used);
     grads[i] = by_pixels(grads[i]);
     bool pool = pools[i];
     x[i] = pooled_where_wide(kOp, by_pixels(x[i]), pool);
-    params.problem[i] = make_problem(
-        grads[i], x[i], batch_norms[i], pair_of(kOp, "strides", strides, i, 1),
-        pair_of(kOp, "paddings", paddings, i, 0), pool, &outputs[used], segments[i], i);
-    used = last;
+    params.problem[i] =
+        make_problem(grads[i], x[i], batch_norms[i], pair_of(kOp, "strides", strides, i, 1),
+                     pair_of(kOp, "paddings", paddings, i, 0), pool, parts, segments[i], i);
   }
   check_length(kOp, "outputs", outputs.size(), used);
 
