@@ -29,18 +29,26 @@ __all__ = [
 ]
 
 _load_error: str | None = None
-try:
-    from inception_ext import _C  # type: ignore[attr-defined]
-except ImportError as error:
+
+
+def _do_without(error: Exception) -> None:
+    """Says that the binary is of no use, and why."""
+    global _C, _load_error
     _C = None
     _load_error = str(error)
-    _message = (
+    message = (
         f"inception_ext: the compiled kernels are missing ({error}); everything runs on the plain "
         "PyTorch path. Build them with 'pip install --no-build-isolation .' in a source checkout."
     )
     if os.environ.get("INCEPTION_EXT_REQUIRE") == "1":
-        raise ImportError(f"{_message} (INCEPTION_EXT_REQUIRE=1 makes this an error)") from error
-    warnings.warn(_message, RuntimeWarning, stacklevel=2)
+        raise ImportError(f"{message} (INCEPTION_EXT_REQUIRE=1 makes this an error)") from error
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+try:
+    from inception_ext import _C  # type: ignore[attr-defined]
+except ImportError as error:
+    _do_without(error)
 
 
 # Whether the CUDA kernels run on the emulator, in the place of the CPU's: see testing.emulated.
@@ -551,4 +559,7 @@ def register(namespace: str) -> None:
 
 
 if _C is not None:
-    register("inception_ext")
+    try:
+        register("inception_ext")
+    except RuntimeError as error:  # torch names the op that is not there
+        _do_without(ImportError(f"{_C.__file__} was built from other sources: {error}"))
