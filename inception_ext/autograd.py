@@ -29,6 +29,34 @@ def needs_reference(grad: Tensor) -> bool:
     )
 
 
+def _wanted(ctx: Any, first: int, count: int) -> list[bool]:
+    """Of the tensors from argument ``first`` on: whether the backward that runs now is to give
+    their gradients.
+
+    Of those that need one, ``torch.autograd.grad`` and ``backward(inputs=...)`` may ask for a part.
+    """
+    needs = list(ctx.needs_input_grad[first : first + count])
+    if torch.compiler.is_compiling():
+        return needs
+    nodes = [node for node, _ in ctx.next_functions[:count]]  # those of the tensors
+    return [need and _is_to_run(node) for need, node in zip(needs, nodes, strict=True)]
+
+
+def _is_to_run(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf of torch.autograd.grad
+        return True
+
+
+def _flat(
+    dx: Tensor, lists: Sequence[Sequence[Tensor]], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """An op's gradients in the order of its tensors; None for those that nobody wants."""
+    gradients = [dx, *(gradient for gradients in lists for gradient in gradients)]
+    return [g if need else None for g, need in zip(gradients, needs, strict=True)]
+
+
 def reference_gradients(
     function: Callable[..., Tensor], grad: Tensor, inputs: Sequence[Tensor]
 ) -> list[Tensor | None]:
@@ -220,7 +248,6 @@ class Inception(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         parameters, saved = tensors[:18], tensors[18:]
         conv_weights, weights, biases = parameters[:6], parameters[6:12], parameters[12:]
-        needs = list(ctx.needs_input_grad[6:])  # x, then the parameters
         gradients: list[Tensor | None]
         if needs_reference(grad):
             mean, rstd = saved[-2:]
@@ -231,7 +258,8 @@ class Inception(torch.autograd.Function):
 
             gradients = reference_gradients(function, grad, [x, *parameters])
         else:
-            dx, conv_weight_grads, weight_grads, bias_grads = _library.ops(x).inception_backward(
+            needs = _wanted(ctx, 6, 7)  # x, then the convolutions' weights
+            dx, *lists = _library.ops(x).inception_backward(
                 grad,
                 x,
                 conv_weights,
@@ -239,14 +267,11 @@ class Inception(torch.autograd.Function):
                 biases,
                 *saved,
                 ctx.training,
-                needs[:7],
+                needs,
                 ctx.exact,
             )
-            gradients = [dx, *conv_weight_grads, *weight_grads, *bias_grads]
-        return (
-            *(None,) * 6,
-            *(g if need else None for g, need in zip(gradients, needs, strict=True)),
-        )
+            gradients = _flat(dx, lists, [*needs, *ctx.needs_input_grad[13:]])
+        return *(None,) * 6, *gradients
 
 
 # The op's statistics lie in one vector: the merged 1x1 convolutions first.
@@ -322,7 +347,6 @@ class ConvChain(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         parameters, saved = tensors[:-5], tensors[-5:]
         training, eps, exact = ctx.settings
-        needs = list(ctx.needs_input_grad[9:])  # x, then the parameters
         length = len(parameters) // 3
         gradients: list[Tensor | None]
         if needs_reference(grad):
@@ -334,6 +358,7 @@ class ConvChain(torch.autograd.Function):
 
             gradients = reference_gradients(function, grad, [x, *parameters])
         else:
+            needs = _wanted(ctx, 9, 1 + length)  # x, then the convolutions' weights
             dx, *lists = _library.ops(x).conv_chain_backward(
                 grad,
                 x,
@@ -341,14 +366,11 @@ class ConvChain(torch.autograd.Function):
                 *saved,
                 *ctx.window,
                 training,
-                needs[: 1 + length],
+                needs,
                 exact,
             )
-            gradients = [dx, *(gradient for gradients in lists for gradient in gradients)]
-        return (
-            *(None,) * 9,
-            *(g if need else None for g, need in zip(gradients, needs, strict=True)),
-        )
+            gradients = _flat(dx, lists, [*needs, *ctx.needs_input_grad[10 + length :]])
+        return *(None,) * 9, *gradients
 
 
 def _thirds(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

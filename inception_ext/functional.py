@@ -209,7 +209,7 @@ def conv_chain(
     """:func:`inception_ext.reference.conv_chain` as one op forward and one backward.
 
     One or two convolutions in float16, bfloat16 or float32 on CUDA, of which the first has stride 1
-    or an input that needs no gradient; the reference elsewhere. Follows autocast.
+    or an input that needs no gradient; the reference elsewhere. Follows autocast: it casts x.
     """
     vectors = (weights, biases, running_means, running_vars)
     window = (list(strides), list(paddings), list(pool))
@@ -219,6 +219,7 @@ def conv_chain(
                 f"conv_chain: {name}: expected {len(strides)} tensors, got {len(tensors)}"
             )
     if why_no_chain_kernel(x, conv_weights, *window, training) is None:
+        x = _cast_to_autocast(x)
         kernels = _autocast(x, conv_weights)
         exact = Exact.by_torch(x.dtype).convolutions
         if _chain_fits(x, kernels) and _vectors_fit(
@@ -282,6 +283,12 @@ def _autocast(x: Tensor, conv_weights: Sequence[Tensor]) -> Sequence[Tensor]:
     # x itself stays as it is: where autocast would cast it, the pool would come before the cast.
     # float64 is not for autocast to change.
     return [w if w.dtype == torch.float64 else w.to(dtype) for w in conv_weights]
+
+
+def _cast_to_autocast(x: Tensor) -> Tensor:
+    """x, of a kernel's dtype, as autocast would cast it for the convolution that comes first."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def _casts_weights(x: Tensor) -> bool:
