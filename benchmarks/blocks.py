@@ -174,6 +174,14 @@ def counters() -> str:
     return markdown.table(counts.HEADER, rows) if rows else "Not counted yet."
 
 
+def training_counters() -> str:
+    """The same of a training step."""
+    paths = sorted(results.FOLDER.glob("counters*.json"))
+    files = [counts.read(path, training=True) for path in paths]
+    rows = [counts.training_row(found) for found in files if found is not None]
+    return markdown.table(counts.TRAINING_HEADER, rows) if rows else "Not counted yet."
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "cpu": cpu,
     "gpu": gpu,
@@ -182,6 +190,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "overhead": overhead,
     "growth": growth,
     "counters": counters,
+    "training-counters": training_counters,
 }
 
 

@@ -62,7 +62,7 @@ def render(report: Report) -> str:
     for tests in _all(report, "tests"):
         count = ", ".join(f"{n} {word.lower()}" for word, n in sorted(tests["count"].items()))
         text += [f"Tests marked `cuda`: {count}.", ""]
-    for section in (_checks, _scenarios, _kernels):
+    for section in (_checks, _training, _scenarios, _kernels):
         text += section(report)
     for step in report["steps"]:
         if step.get("output"):
@@ -88,6 +88,49 @@ def _checks(report: Report) -> list[str]:
 def _scenarios(report: Report) -> list[str]:
     found = [markdown.scenario(scenario) for scenario in _all(report, "scenario")]
     return ["## Times", "", "\n\n".join(found), ""] if found else []
+
+
+# The columns of a training step: scenarios by their kind.
+_PARTS = {
+    "forward": "training forward",
+    "backward": "training backward",
+    "both": "training step",
+    "with optimizer": "training step with optimizer",
+}
+
+
+def _training(report: Report) -> list[str]:
+    """The parts of a training step side by side, ms an image, and its memory."""
+    tables: dict[tuple[str, int], dict[str, dict[str, dict[str, Any]]]] = {}
+    for found in _all(report, "scenario"):
+        if found["kind"] in _PARTS.values():
+            rows = tables.setdefault((found["dtype"], found["batch"]), {})
+            for row in found["contestants"]:
+                rows.setdefault(row["name"], {}).setdefault(found["kind"], row)
+    text = []
+    for (dtype, batch), rows in tables.items():
+        body = []
+        for name, by_kind in rows.items():
+            step = by_kind.get("training step", {})
+            memory = (step.get(f"{key}_mb_per_image") for key in ("peak", "saved"))
+            body.append(
+                (
+                    name,
+                    *(_median(by_kind.get(kind, {})) for kind in _PARTS.values()),
+                    f"{step['speedup']:.2f}x" if step.get("speedup") else "",
+                    *("" if size is None else f"{size:.1f}" for size in memory),
+                )
+            )
+        header = ("ms an image", *_PARTS, "speed of both", "peak MB an image", "saved MB an image")
+        text += [f"### Training, {dtype}, batch {batch}", "", markdown.table(header, body), ""]
+    return ["## Training", "", *text] if text else []
+
+
+def _median(row: Mapping[str, Any]) -> str:
+    if "ms_per_image" not in row:
+        return ""
+    wrong = "" if row["status"] == "ok" else f" **{row['status']}**"
+    return markdown.ms(row["ms_per_image"]["median"]) + wrong
 
 
 def _kernels(report: Report) -> list[str]:

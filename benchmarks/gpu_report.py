@@ -34,7 +34,8 @@ TAIL = 4000  # characters of a step's output that are kept
 
 
 class Step(NamedTuple):
-    """A step and the most seconds that it may take; "tests" is pytest, the rest gpu_steps.py."""
+    """A step and the most seconds that it may take: those in TESTS are pytest, the rest
+    gpu_steps.py."""
 
     name: str
     limit: float
@@ -48,10 +49,13 @@ STEPS = (
     Step("kernels", 60),
     Step("modules", 80),
     Step("tests", 90),
+    Step("training", 120),
     Step("compile", 120),
-    Step("training", 60),
+    Step("training-compile", 240),
+    Step("slow-tests", 240),
     Step("autotune", 300),
 )
+TESTS = {"tests": "cuda and not slow", "slow-tests": "cuda and slow"}  # what pytest selects
 SPARE = 5.0  # s: kept back for writing the report
 
 
@@ -93,14 +97,14 @@ def run(name: str, device: str, out: Path, seconds: float) -> dict[str, Any]:
     lines.unlink(missing_ok=True)
     start = time.monotonic()
     try:
-        command = tests(device) if name == "tests" else step(name, device, lines)
+        command = tests(name, device) if name in TESTS else step(name, device, lines)
         code, output = limited(command, seconds)
     except OSError as error:
         code, output = -1, str(error)
-    findings = [*test_findings(output)] if name == "tests" else read_lines(lines)
+    findings = [*test_findings(output)] if name in TESTS else read_lines(lines)
     lines.unlink(missing_ok=True)
     status = "stopped" if code is None else "ok" if code == 0 else "failed"
-    if name == "tests" and code == 5:  # no test is marked cuda
+    if name in TESTS and code == 5:  # no test is marked so
         status = "ok"
     found = {"name": name, "status": status, "seconds": round(time.monotonic() - start, 1)}
     if status != "ok":
@@ -113,10 +117,10 @@ def step(name: str, device: str, lines: Path) -> list[str]:
     return [sys.executable, program, name, "--device", device, "--lines", str(lines)]
 
 
-def tests(device: str) -> list[str]:
+def tests(name: str, device: str) -> list[str]:
     """The tests that need a GPU; where there is none, only how they are skipped."""
     where = "tests/cuda" if device == "cpu" else "tests"
-    options = ["-m", "cuda", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    options = ["-m", TESTS[name], "-v", "--tb=short", "-p", "no:cacheprovider"]
     return [sys.executable, "-m", "pytest", where, *options]
 
 

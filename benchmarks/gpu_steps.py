@@ -21,12 +21,14 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # an inception_
 
 import environment
 import floors
+import floors_training
 import gpu_correctness
 import gpu_kernels
 import module_work
 import peers_cuda
 import roofs
 import scenario
+import training_parts
 import workload
 from devices import Device, device_for
 
@@ -139,22 +141,43 @@ def modules_step(job: Job) -> Findings:
 
 
 def training_step(job: Job) -> Findings:
-    """A training step with both heads, without optimizer, under autocast on a GPU."""
+    """Forward, backward, both, and with the optimizer; eager, and each in a CUDA graph."""
+    yield from _training(job, compiled=False)
+
+
+def training_compile_step(job: Job) -> Findings:
+    """The same against torch.compile, which takes a minute a dtype and batch size."""
+    yield from _training(job, compiled=True)
+
+
+def _training(job: Job, *, compiled: bool) -> Findings:
+    """The most telling first: a step at batch 128 in mixed precision."""
     on_gpu = job.device.type == "cuda"
-    for batch in (128, 32) if on_gpu else (2,):
+    layers = floors.trace(floors.network(), job.size)
+    for batch in (128, 32, 256) if on_gpu else (4,):
         work = workload.training_workload(
             job.state_dict(True), batch, size=job.size, device=job.device.type
         )
-        found = scenario.run(
-            "training step",
-            peers_cuda.TRAINING if on_gpu else {"ours": peers_cuda.train_ours},
-            work,
-            "bf16" if on_gpu else job.dtype,
-            device=job.device,
-            rounds=job.rounds,
-            memory=True,
-        )
-        yield {"scenario": found}
+        for dtype in ("fp16", "bf16", "fp32") if on_gpu else (job.dtype,):
+            roof = roofs.measure(job.device, scenario.DTYPES[dtype])
+            element_size = scenario.DTYPES[dtype].itemsize
+            chain = floors_training.stages(layers, "fused", element_size)
+            floor = {
+                "floor": floors.seconds(chain, batch, roof),
+                "floor_of": f"fused, without the auxiliary heads, {roof.name}",
+                "memory": True,
+            }
+            for part, kind in training_parts.PARTS.items():
+                found = scenario.run(
+                    kind,
+                    training_parts.contestants(part, graphs=not compiled, compiled=compiled),
+                    training_parts.work_of(part, work),
+                    dtype,
+                    device=job.device,
+                    rounds=job.rounds,
+                    **(floor if part == "step" else {}),
+                )
+                yield {"scenario": found}
 
 
 STEPS: Mapping[str, Callable[[Job], Findings]] = {
@@ -165,6 +188,7 @@ STEPS: Mapping[str, Callable[[Job], Findings]] = {
     "modules": modules_step,
     "compile": compile_step,
     "training": training_step,
+    "training-compile": training_compile_step,
     "autotune": autotune_step,
 }
 

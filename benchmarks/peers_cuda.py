@@ -13,12 +13,9 @@ import runtimes
 import torch
 from devices import captured
 from folded import Folded, cudnn_frontend, cudnn_relu
-from torch import nn
 from workload import Workload, torchvision_googlenet
 
-import inception_ext
-
-__all__ = ["INFERENCE", "TRAINING", "baseline"]
+__all__ = ["INFERENCE", "baseline", "graphed"]
 
 Call = Callable[[int], Any]
 Factory = peers.Factory
@@ -116,47 +113,4 @@ INFERENCE: dict[str, Factory] = {
     "tensorrt": runtimes.tensorrt,
     "onnxruntime": runtimes.onnxruntime_cuda,
     "openvino": runtimes.openvino_cuda,
-}
-
-
-def _training(
-    work: Workload, dtype: torch.dtype, build: Callable[..., nn.Module], **kw: Any
-) -> Call:
-    """Forward with both heads, loss, backward; without optimizer. 16-bit dtypes mean autocast."""
-    model = work.model(build).to(memory_format=torch.channels_last)
-    criterion = inception_ext.GoogLeNetLoss()
-    inputs = peers._channels_last(work, torch.float32)
-    parameters = list(model.parameters())
-    run = torch.compile(model, **kw) if kw else model
-
-    def call(i: int) -> list[torch.Tensor]:
-        for p in parameters:
-            p.grad = None
-        with torch.autocast(inputs[i].device.type, dtype, enabled=dtype != torch.float32):
-            loss = criterion(run(inputs[i]), work.labels[i])
-        loss.backward()
-        return [loss.detach(), *(p.grad for p in parameters)]
-
-    return call
-
-
-def train_ours(work: Workload, dtype: torch.dtype) -> Call:
-    return _training(work, dtype, inception_ext.googlenet)
-
-
-def train_eager(work: Workload, dtype: torch.dtype) -> Call:
-    return _training(work, dtype, torchvision_googlenet())
-
-
-def train_compile(work: Workload, dtype: torch.dtype) -> Call:
-    torch._dynamo.reset()
-    return _training(work, dtype, torchvision_googlenet(), dynamic=False, fullgraph=True)
-
-
-TRAINING: dict[str, Factory] = {
-    "ours": train_ours,
-    "ours, CUDA graph": graphed(train_ours),
-    baseline: train_eager,
-    "eager CUDA graph": graphed(train_eager),
-    "compile": train_compile,
 }

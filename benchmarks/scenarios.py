@@ -15,6 +15,7 @@ import peers_cuda
 import roofs
 import scenario
 import torch
+import training_parts
 import workload
 from devices import Device
 
@@ -154,7 +155,8 @@ def inference(batch: int, options: Options, dtype: str) -> Found:
 
 def training(batch: int, options: Options, dtype: str) -> Found:
     batch = options.batch(batch)
-    factories = peers_cuda.TRAINING if options.on_gpu else peers.TRAINING
+    on_gpu = options.on_gpu
+    factories = training_parts.contestants("step") if on_gpu else peers.TRAINING
     work = workload.training_workload(
         options.weights(True), batch, size=options.size, device=options.device.type
     )

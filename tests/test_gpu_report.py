@@ -131,6 +131,32 @@ def test_steps_run(monkeypatch, job, name):
         assert "CUDA graphs need a GPU" in rows["eager CUDA graph"]["reason"]  # named, not dropped
 
 
+def test_training_in_parts(monkeypatch, job):
+    """Forward, backward, both, and with the optimizer, in one table beside their memory."""
+    steps = module(monkeypatch, "gpu_steps")
+    gpu_markdown = module(monkeypatch, "gpu_markdown")
+    job = dataclasses.replace(job, size=64)
+    for name, value in job.state_dict(True).items():
+        if name.endswith("bn.bias"):  # rounding errors decide no ReLU
+            value.copy_(torch.where(torch.arange(len(value)) % 3 == 0, -4.0, 4.0))
+    findings = json.loads(json.dumps(list(steps.STEPS["training"](job))))
+    report = {"steps": [{"name": "training", "status": "ok", "seconds": 1.0, "findings": findings}]}
+    assert gpu_markdown.wrong(report) == []
+    kinds = [finding["scenario"]["kind"] for finding in findings]
+    forward, backward = "training forward", "training backward"
+    assert kinds == ["training step", forward, backward, "training step with optimizer"]
+    for finding in findings:
+        rows = {row["name"]: row for row in finding["scenario"]["contestants"]}
+        assert rows["ours"]["status"] == rows["eager channels_last"]["status"] == "ok"
+        missing = {name for name, row in rows.items() if row["status"] == "missing"}
+        graphs = {"ours, CUDA graph", "eager CUDA graph"}
+        assert missing == (set() if finding["scenario"]["kind"] == backward else graphs)
+    text = gpu_markdown.render(report)
+    (ours,) = (line for line in text.splitlines() if line.startswith("| ours |"))
+    cells = [cell.strip() for cell in ours.strip("|").split("|")]
+    assert len(cells) == 8 and all(float(cell.rstrip("x")) > 0 for cell in cells[1:])
+
+
 @needs_emulator
 def test_launches_are_caught_checked_and_counted(monkeypatch):
     launches = module(monkeypatch, "launches")
