@@ -22,7 +22,7 @@ def is_plain(module: Any, kind: type[nn.Module]) -> bool:
 # The blocks by where they are defined; torchvision need not be there.
 _CONVOLUTIONS = {
     ("inception_ext.modules", "BasicConv2d"),
-    ("inception_ext.bvlc", "ConvReLU"),
+    ("inception_ext._conv_relu", "ConvReLU"),
     ("torchvision.models.googlenet", "BasicConv2d"),
 }
 _INCEPTIONS = {

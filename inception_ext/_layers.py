@@ -14,7 +14,7 @@ from inception_ext._gate import (
     why_pool_reference,
 )
 
-__all__ = ["aux_pool", "lrn", "max_pool"]
+__all__ = ["aux_pool", "has_square_window", "lrn", "max_pool", "pool_window"]
 
 
 def max_pool(pool: Any, x: Tensor) -> Tensor:
@@ -28,6 +28,32 @@ def max_pool(pool: Any, x: Tensor) -> Tensor:
     ):
         return pool(x)
     return functional.max_pool(x, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
+
+
+def pool_window(pool: Any) -> list[int] | None:
+    """Kernel size, stride, padding and ceil mode of an ``nn.MaxPool2d``, or None.
+
+    None stands for what calling it does beyond that, and for windows that are not square.
+    """
+    if why_module_reference(pool, nn.MaxPool2d) is not None:
+        return None
+    sizes = (pool.kernel_size, pool.stride, pool.padding)
+    if not all(isinstance(size, int) for size in sizes) or pool.dilation != 1:
+        return None
+    return None if pool.return_indices else [*sizes, int(pool.ceil_mode)]
+
+
+def has_square_window(conv: Any) -> bool:
+    """Whether all that matters of an ``nn.Conv2d`` are its parameters, one stride, one padding."""
+    return (
+        conv.kernel_size[0] == conv.kernel_size[1]
+        and conv.stride[0] == conv.stride[1]
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and conv.padding[0] == conv.padding[1]
+    )
 
 
 def lrn(norm: Any, x: Tensor) -> Tensor:

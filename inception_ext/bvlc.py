@@ -11,22 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inception_ext._conv_relu import ConvReLU, conv_relu_chain
 from inception_ext._layers import aux_pool, lrn, max_pool
 from inception_ext.googlenet import GoogLeNet
 from inception_ext.modules import Inception, InceptionAux
 
 __all__ = ["BVLCGoogLeNet", "BVLCInceptionAux", "ConvReLU", "bvlc_googlenet"]
-
-
-class ConvReLU(nn.Module):
-    """Convolution with bias, ReLU; takes what :class:`inception_ext.BasicConv2d` takes."""
-
-    def __init__(self, in_channels: int, out_channels: int, **kwargs: Any) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, **kwargs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.conv(x))
 
 
 @torch.fx.wrap
@@ -116,15 +106,15 @@ class BVLCGoogLeNet(GoogLeNet):
             nn.init.zeros_(layer.bias)
         return layer
 
-    def _to_4a(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)  # [N, 64, 112, 112] for 224 x 224 images
+    def _to_4a(self, x: Tensor) -> Tensor:  # shapes are those of 224 x 224 images
         if torch.jit.is_scripting():
-            x = self.lrn1(self.maxpool1(x))
+            x = self.lrn1(self.maxpool1(self.conv1(x)))
             x = self.maxpool2(self.lrn2(self.conv3(self.conv2(x))))
         else:
-            x = lrn(self.lrn1, max_pool(self.maxpool1, x))  # [N, 64, 56, 56]
-            x = lrn(self.lrn2, self.conv3(self.conv2(x)))  # [N, 192, 56, 56]
-            x = max_pool(self.maxpool2, x)  # [N, 192, 28, 28]
+            x = conv_relu_chain([self.conv1], self.maxpool1, x)  # [N, 64, 56, 56]
+            x = lrn(self.lrn1, x)
+            x = conv_relu_chain([self.conv2, self.conv3], None, x)  # [N, 192, 56, 56]
+            x = max_pool(self.maxpool2, lrn(self.lrn2, x))  # [N, 192, 28, 28]
         x = self.inception3a(x)
         x = self.inception3b(x)  # [N, 480, 28, 28]
         x = self.maxpool3(x) if torch.jit.is_scripting() else max_pool(self.maxpool3, x)

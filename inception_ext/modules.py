@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inception_ext import functional
+from inception_ext._conv_relu import conv_relu_inception
 from inception_ext._gate import (
     runs_on_cpu,
     why_conv3x3_reference,
@@ -18,7 +19,7 @@ from inception_ext._gate import (
     why_reference,
     why_unavailable,
 )
-from inception_ext._layers import aux_pool, max_pool
+from inception_ext._layers import aux_pool, has_square_window, max_pool, pool_window
 
 __all__ = ["BasicConv2d", "Inception", "InceptionAux"]
 
@@ -85,7 +86,8 @@ def _chain_settings(blocks: list[Any], pool: Any, x: Tensor) -> tuple[Any, ...] 
         conv, bn = block.conv, block.bn
         if (
             why_module_reference(conv, nn.Conv2d) is not None
-            or not _has_square_window(conv)
+            or conv.bias is not None
+            or not has_square_window(conv)
             or _why_batch_norm_reference(bn) is not None
             or (bn.training, bn.momentum, bn.eps)
             != (blocks[0].bn.training, blocks[0].bn.momentum, blocks[0].bn.eps)
@@ -94,15 +96,10 @@ def _chain_settings(blocks: list[Any], pool: Any, x: Tensor) -> tuple[Any, ...] 
         window[0].append(conv.stride[0])
         window[1].append(conv.padding[0])
     if pool is not None:
-        sizes = (pool.kernel_size, pool.stride, pool.padding)
-        if (
-            why_module_reference(pool, nn.MaxPool2d) is not None
-            or not all(isinstance(size, int) for size in sizes)
-            or pool.dilation != 1
-            or pool.return_indices
-        ):
+        sizes = pool_window(pool)
+        if sizes is None:
             return None
-        window[2].extend((*sizes, int(pool.ceil_mode)))
+        window[2].extend(sizes)
     bns = [block.bn for block in blocks]
     conv_weights = [block.conv.weight for block in blocks]
     training = bns[0].training
@@ -129,20 +126,6 @@ def _why_conv_block_reference(block: Any) -> str | None:
     if getattr(type(block), "forward", None) is not BasicConv2d.forward:
         return f"{type(block).__name__} in place of BasicConv2d"
     return why_hooked(block)
-
-
-def _has_square_window(conv: Any) -> bool:
-    """Whether all that matters of a convolution is its weight, one stride and one padding."""
-    return (
-        conv.bias is None
-        and conv.kernel_size[0] == conv.kernel_size[1]
-        and conv.stride[0] == conv.stride[1]
-        and conv.dilation == (1, 1)
-        and conv.groups == 1
-        and conv.padding_mode == "zeros"
-        and not isinstance(conv.padding, str)
-        and conv.padding[0] == conv.padding[1]
-    )
 
 
 def _batch_norm_relu(bn: Any, x: Tensor) -> Tensor:
@@ -262,7 +245,7 @@ class Inception(nn.Module):
 
 def _inception(block: Inception, x: Tensor) -> Tensor:
     if why_no_kernel(x) is not None or why_block_reference(block) is not None:
-        return torch.cat(block._forward(x), 1)
+        return _other_inception(block, x)
     blocks = _conv_blocks(block)
     bns = [conv_block.bn for conv_block in blocks]
     training = bns[0].training
@@ -281,13 +264,21 @@ def _inception(block: Inception, x: Tensor) -> Tensor:
     )
 
 
+def _other_inception(block: Inception, x: Tensor) -> Tensor:
+    """With other convolution blocks than :class:`BasicConv2d`, or without kernels."""
+    y = None
+    if why_branches_reference(block) is None:
+        y = conv_relu_inception(_conv_blocks(block), x)
+    return torch.cat(block._forward(x), 1) if y is None else y
+
+
 def _conv_blocks(block: Inception) -> list[Any]:
     """The six convolution blocks, in the order of :func:`inception_ext.functional.inception`."""
     return [block.branch1, *block.branch2, *block.branch3, block.branch4[1]]
 
 
-def why_block_reference(block: Inception) -> str | None:
-    """Why an Inception module does not run as one op, or None."""
+def why_branches_reference(block: Inception) -> str | None:
+    """Why an Inception module is not four branches with a pool and six convolution blocks."""
     if type(block)._forward is not Inception._forward or "_forward" in block.__dict__:
         return f"{type(block).__name__} has its own _forward"
     for sequence in (block.branch2, block.branch3, block.branch4):
@@ -302,6 +293,13 @@ def why_block_reference(block: Inception) -> str | None:
         return "a pool other than 3x3, stride 1, padding 1"
     if pool.return_indices:
         return "a pool that returns indices"
+    return None
+
+
+def why_block_reference(block: Inception) -> str | None:
+    """Why an Inception module does not run as one op, or None."""
+    if (reason := why_branches_reference(block)) is not None:
+        return reason
     first = None
     bns = set()
     for conv_block in _conv_blocks(block):

@@ -1,20 +1,27 @@
 """The auxiliary heads, and the network of 2014, in training on the CUDA kernels."""
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
-from closeness import assert_network_as_good_as_eager
+from closeness import (
+    BLOCK_NOISE_FLOOR,
+    assert_all_as_good_as_eager,
+    assert_network_as_good_as_eager,
+)
 from fast_path import randn
 from kernel_devices import each_device, exact_products, kernels_on, needs_emulator, torch_device
 from test_avg_pool_and_lrn import eager_lrn
 from test_ops import as_leaf
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
-from inception_ext import InceptionAux
-from inception_ext.bvlc import BVLCInceptionAux, bvlc_googlenet
+from inception_ext import BasicConv2d, Inception, InceptionAux
+from inception_ext._conv_relu import conv_relu_chain
+from inception_ext.bvlc import BVLCInceptionAux, ConvReLU, bvlc_googlenet
 from inception_ext.functional import use_kernels
 from inception_ext.testing import emulated
 
@@ -161,10 +168,171 @@ def test_bvlc_training_step(dtype):
         norm = getattr(eager, name)
         setattr(eager, name, StepwiseNorm(norm.size, norm.alpha, norm.beta, norm.k))
     x = randn(2, 3, 64, 64, dtype=dtype)
-    with emulated() as launches:
+    with exact_products(), emulated() as launches:
         found = bvlc_step(ours, x)
     expected = bvlc_step(eager, x), bvlc_step(exact, x.double())
     assert_network_as_good_as_eager(found, *expected)
-    counts = Counter(launch["op"] for launch in launches)
-    assert counts["lrn"] == counts["lrn_backward"] == 2
-    assert counts["aux_pool_forward"] == counts["aux_pool_backward"] == 2
+    # Launches: 3x3 filters of another layout than channels_last are packed first.
+    assert Counter(launch["op"] for launch in launches) == {
+        "conv_chain_forward": 4 + 6 + 2 * 3,  # conv1 and pool; conv2 and conv3; two heads
+        "inception_forward": 9 * 6,
+        "max_pool_forward": 3,
+        "lrn": 2,
+        "aux_pool_forward": 2,
+        "aux_pool_backward": 2,
+        "lrn_backward": 2,
+        "max_pool_backward": 3,
+        "inception_backward": 9 * 9,
+        "conv_chain_backward": 4 + 9 + 2 * 5,  # the image needs no gradient
+    }
+
+
+# Its blocks
+
+
+def conv_relu_module(branch3_kernel_size: int = 5) -> Inception:
+    torch.manual_seed(0)
+    make = functools.partial(Inception, branch3_kernel_size=branch3_kernel_size)
+    return make(16, 8, 8, 12, 4, 8, 8, conv_block=ConvReLU)
+
+
+def on_kernels(module: nn.Module, x: Tensor) -> set[str]:
+    """The ops that a step launches; its results are held to those without kernels."""
+    exact = copy.deepcopy(module).double()
+    with emulated() as launches:
+        ours = step(module, x)
+    with use_kernels(False):
+        assert_all_as_good_as_eager(
+            ours, step(module, x), step(exact, x.double()), BLOCK_NOISE_FLOOR
+        )
+    return {launch["op"] for launch in launches}
+
+
+BLOCK_OPS = {"inception_forward", "inception_backward"}
+CHAIN_OPS = {"conv_chain_forward", "conv_chain_backward"}
+
+
+@needs_emulator
+@pytest.mark.parametrize("branch3", [3, 5])
+@pytest.mark.parametrize("shape", [(2, 16, 7, 6), (1, 16, 1, 1)], ids=str)
+def test_an_inception_module_of_the_paper(shape, branch3):
+    module = conv_relu_module(branch3)
+    assert on_kernels(module, randn(*shape)) == BLOCK_OPS
+    assert step(module, randn(*shape))["y"].shape == (shape[0], 36, *shape[2:])  # on the CPU
+
+
+@needs_emulator
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_block_of_the_paper(stride):
+    """Whose input needs a gradient: with a stride there is no kernel."""
+    block = ConvReLU(16, 24, kernel_size=3, padding=1, stride=stride)
+    assert on_kernels(block, randn(2, 16, 7, 6)) == (CHAIN_OPS if stride == 1 else set())
+
+
+@needs_emulator
+@pytest.mark.parametrize("pool", [nn.Identity(), nn.MaxPool2d(2, 1), nn.AvgPool2d(3)], ids=str)
+def test_other_pools_behind_a_chain(pool):
+    x = randn(2, 16, 9, 8)
+    blocks = [ConvReLU(16, 8, kernel_size=1)]
+    with emulated() as launches:
+        y = conv_relu_chain(blocks, pool, x)
+    torch.testing.assert_close(y, pool(blocks[0](x)), rtol=1e-5, atol=1e-6)
+    assert {launch["op"] for launch in launches} == {"conv_chain_forward"}
+
+
+CHANGES = {
+    "hook on a block": lambda m: m.branch2[0].register_forward_hook(lambda *_: None),
+    "hook on a convolution": lambda m: m.branch2[0].conv.register_forward_hook(lambda *_: None),
+    "hook on the pool": lambda m: m.branch4[0].register_forward_hook(lambda *_: None),
+    "no bias": lambda m: setattr(m.branch1, "conv", nn.Conv2d(16, 8, 1, bias=False)),
+    "dilation": lambda m: setattr(m.branch2[1], "conv", nn.Conv2d(8, 12, 3, padding=2, dilation=2)),
+    "replaced": lambda m: setattr(m, "branch1", nn.Sequential(nn.Conv2d(16, 8, 1), nn.ReLU())),
+    "mixed": lambda m: setattr(m, "branch1", BasicConv2d(16, 8, kernel_size=1)),
+    "parametrized": lambda m: parametrizations.weight_norm(m.branch3[0].conv),
+    "patched": lambda m: setattr(m.branch1, "forward", lambda x: 2 * m.branch1.conv(x)),
+}
+
+
+@needs_emulator
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_modules_of_the_paper_do_not_run_as_one(change):
+    module = conv_relu_module()
+    CHANGES[change](module)
+    state = copy.deepcopy(module.state_dict())
+    x = randn(2, 16, 7, 6)
+    with emulated() as launches:
+        ours = step(module, x)
+    assert not BLOCK_OPS & {launch["op"] for launch in launches}
+    module.load_state_dict(state)
+    with use_kernels(False):
+        plain = step(module, x)
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+@needs_emulator
+def test_the_paper_under_autocast():
+    """With float32 master weights, in the dtype that autocast gives."""
+    module = conv_relu_module()
+    x = randn(2, 16, 7, 6, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        with emulated() as launches:
+            y = module(x)
+        with use_kernels(False):
+            expected = module(x)
+        with emulated() as of_float32:  # its blocks cast one by one
+            assert module(x.float()).dtype == expected.dtype
+    with emulated():
+        y.sum().backward()
+    assert y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=3e-2, atol=3e-2)
+    assert {launch["op"] for launch in launches} == {"inception_forward"}
+    assert "inception_forward" not in {launch["op"] for launch in of_float32}
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+@needs_emulator
+def test_double_backward_through_the_paper():
+    module = conv_relu_module()
+
+    def penalty() -> Tensor:
+        x = randn(2, 16, 5, 4).requires_grad_()
+        (dx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), x)[0]
+
+    with emulated():
+        ours = penalty()
+    with use_kernels(False):
+        eager = penalty()
+    torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-4)
+
+
+@needs_emulator
+@pytest.mark.parametrize("kind", ["module", "block"])
+def test_the_paper_compiled_with_fullgraph(kind):
+    module = conv_relu_module() if kind == "module" else ConvReLU(16, 8, kernel_size=1)
+    compiled = copy.deepcopy(module)
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    x = randn(2, 16, 7, 6)
+    with emulated() as launches:
+        ours = step(compiled, x)
+    torch.compiler.reset()
+    assert {launch["op"] for launch in launches} == (BLOCK_OPS if kind == "module" else CHAIN_OPS)
+    with emulated():
+        torch.testing.assert_close(ours, step(module, x), rtol=1e-4, atol=1e-5)
+
+
+@needs_emulator
+def test_the_paper_without_gradients_and_with_frozen_ones():
+    module = conv_relu_module()
+    x = randn(2, 16, 7, 6)
+    with emulated() as launches:
+        everything = step(module, x)
+        with torch.no_grad():
+            assert torch.equal(module(x), everything["y"])
+        module.branch1.conv.bias.requires_grad_(False)
+        module.branch2[1].conv.weight.requires_grad_(False)
+        some = step(module, x)
+    missing = {"branch1.conv.bias.grad", "branch2.1.conv.weight.grad"}
+    assert everything.keys() - some.keys() == missing
+    assert all(torch.equal(everything[name], values) for name, values in some.items())
+    assert {launch["op"] for launch in launches} == BLOCK_OPS
