@@ -123,6 +123,29 @@ def test_pooled_pixels_are_read_once():
 
 
 @needs_emulator
+@pytest.mark.parametrize(
+    ("math", "c", "k", "size", "shape"),
+    [
+        ("tf32", 128, 128, 96, 0),  # whose splits are no longer than a chain
+        ("tf32", 128, 64, 96, 1),
+        ("tf32", 64, 48, 96, 2),
+        ("float32", 128, 64, 48, 1),
+        ("float32", 64, 48, 48, 2),
+    ],
+)
+def test_long_sums_in_every_tile(math, c, k, size, shape):
+    case = Wgrad(c, k, size, size)
+    with kernels_on("emulator", multiprocessors=1) as launches:
+        check([case], math, "emulator", workspace_of("emulator"))
+        check([case], math, "emulator")
+    split, whole = launches
+    assert split["kernel"].endswith(f" {shape}>")
+    assert whole["grid"][0] == 1 + (shape == 0)  # that without splits has smaller tiles
+    for launch in launches:  # laid aside
+        assert any(t["operand"] == "partials" and t["written"] for t in launch["touched"])
+
+
+@needs_emulator
 @each_math
 def test_splits_fill_the_device(math):
     """Two stages of sums, and single steps: few tiles, many pixels."""

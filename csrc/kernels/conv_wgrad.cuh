@@ -10,8 +10,8 @@
 // batch norm in place, by the thread that copied a chunk; max pooling from a ring of raw pixels
 // into two tiles that take turns.
 //
-// A block lays its sums aside in global memory after kLongestChain additions, and adds these sums
-// up: rounding errors grow with the number of additions in a row.
+// A block lays its sums aside in global memory after a chain of steps, and adds these sums up:
+// rounding errors grow with the number of additions in a row.
 //
 // Blocks that share a tile write their sums to global memory; whoever comes last reads all of them,
 // in a fixed order: results repeat bit for bit.
@@ -38,7 +38,6 @@ template <typename Math, TileShape kShape>
 __device__ __forceinline__ void compute_wgrad_tile(const ConvWgradLaunch& launch) {
   using T = typename Math::Element;
   constexpr int kAhead = kTileStages - 1;
-  constexpr int32_t kChainSteps = kLongestChain * Math::kProductsAtOnce / kStepPixels<T>;
   constexpr int kRows = kShape.rows();
   constexpr int kDyBytes = kShape.columns() * kTileRowBytes;
   const WgradTile tile = wgrad_tile_of(launch.plan, blockIdx.x);
@@ -92,7 +91,7 @@ __device__ __forceinline__ void compute_wgrad_tile(const ConvWgradLaunch& launch
   };
   if constexpr (lays_aside(kShape)) {
     const int32_t partial = wgrad_partial_of(launch.plan, tile);
-    const int32_t chain = partial < 0 ? tile.end - tile.begin : kChainSteps;
+    const int32_t chain = partial < 0 ? tile.end - tile.begin : Math::kChainSteps;
 #pragma unroll 1
     for (int32_t begin = tile.begin; begin < tile.end; begin += chain) {
       contract_steps(begin, smaller(begin + chain, tile.end));
@@ -100,7 +99,7 @@ __device__ __forceinline__ void compute_wgrad_tile(const ConvWgradLaunch& launch
       if (begin + chain < tile.end) store_partial(warp, launch.partials, partial);
     }
   } else {
-    static_assert(kChainSteps == kTensorChainSteps);
+    static_assert(Math::kChainSteps == kTensorChainSteps);
     contract_steps(tile.begin, tile.end);
   }
 

@@ -14,11 +14,12 @@
 
 namespace inception_ext::kernels {
 
-// Additions in a row that a sum takes: rounding errors grow with their number. A block lays its
-// sums aside by then, in the memory of the partial sums; those of the largest tile leave no
-// registers for that, and their splits are no longer.
-constexpr int32_t kLongestChain = 512;
-constexpr int32_t kTensorChainSteps = kLongestChain / 2;  // a step is two products of tensor cores
+// Rounding errors grow with the number of additions in a row. So after a chain of steps a block
+// lays its sums aside in the memory of the partial sums, and begins again at 0. Those of the
+// largest tile, which is for tensor cores, leave no registers for that: its splits are no longer
+// than that.
+constexpr int32_t kTensorChainSteps = 128;  // 4096 pixels, 2048 of float
+constexpr int32_t kScalarChainPixels = 512;
 
 INCEPTION_EXT_HOST_DEVICE constexpr bool lays_aside(const TileShape& shape) {
   return shape.m_fragments * shape.n_fragments <= 16;

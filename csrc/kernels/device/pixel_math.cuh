@@ -1,12 +1,13 @@
 // The products of tensor_math.cuh for tiles that lie pixel by pixel (pixel_tile.cuh): K runs over a
 // step's pixels, the rows of A and the columns of B are channels. kFirstShape: of kTileShapes, the
-// largest that a thread has the registers for. kProductsAtOnce: that go into a sum in one addition.
+// largest that a thread has the registers for. kChainSteps: see wgrad_plan.h.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
 
+#include "../wgrad_plan.h"
 #include "mma.cuh"
 #include "pixel_tile.cuh"
 #include "shared.cuh"
@@ -32,7 +33,7 @@ struct PixelTensorMath : TensorMath<T> {
   using typename TensorMath<T>::A;
   using typename TensorMath<T>::B;
   using TensorMath<T>::kStepK;
-  static constexpr int kProductsAtOnce = kStepK;
+  static constexpr int32_t kChainSteps = kTensorChainSteps;
 
   static __device__ __forceinline__ int slot_key(int pixel) {
     return sizeof(T) == 4 ? pixel % 4 * 2 : pixel % 8;
@@ -81,7 +82,7 @@ struct PixelScalarMath {
   static constexpr bool kExists = ScalarMath<T>::kExists;
   static constexpr int kFirstShape = 1;
   static constexpr int kStepK = 2;
-  static constexpr int kProductsAtOnce = 1;
+  static constexpr int32_t kChainSteps = kScalarChainPixels / kStepPixels<T>;
   using A = float[kStepK][2];  // rows g, g + 8
   using B = float[kStepK][4];  // columns 2t, 2t + 1, 2t + 8, 2t + 9
 
