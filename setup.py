@@ -40,6 +40,7 @@ CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wex
 EMULATOR = "inception_ext._emulator"
 KERNELS_FOLDER = ROOT / "build" / "ninja"
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2"]
+NVCC_FLAGS += ["-Xptxas", "-v"]  # registers and spills of each kernel, for tests
 
 
 class BuildError(SystemExit):
@@ -178,10 +179,14 @@ class NinjaFile:
         self.lines = ["ninja_required_version = 1.5"]
         self.objects: list[str] = []
 
-    def rule(self, name: str, compiler: object, flags: "list[str]") -> None:
+    def rule(self, name: str, compiler: object, flags: "list[str]", report: str = "") -> None:
+        """``report``: lines that match go to $out.log alone; the rest is shown as ever."""
+        command = f"{compiler} -MMD -MF $out.d {' '.join(flags)} -c $in -o $out"
+        if report:
+            command += f" 2> $out.log; status=$$?; grep -vE '{report}' $out.log >&2; exit $$status"
         self.lines += [
             f"rule {name}",
-            f"  command = {compiler} -MMD -MF $out.d {' '.join(flags)} -c $in -o $out",
+            f"  command = {command}",
             "  depfile = $out.d",
             "  deps = gcc",
             f"  description = {name} $in",
@@ -268,7 +273,7 @@ class NinjaBuild(build_ext):
         file.rule("cxx", file.cxx, self.cxx_flags(defines, [cuda.home / "include"] if cuda else []))
         if cuda:
             flags = [*NVCC_FLAGS, f"-I{ROOT / 'csrc'}", *Cuda.gencode(architectures)]
-            file.rule("nvcc", cuda.nvcc, flags)
+            file.rule("nvcc", cuda.nvcc, flags, report="^ptxas info|bytes stack frame")
         for source in map(Path, ext.sources):
             if source.suffix == ".cpp":
                 file.compile("cxx", ROOT / source)

@@ -65,6 +65,16 @@ def included_files(source: Path) -> list[Path]:
     return list(found)
 
 
+def build_report(source: Path) -> str:
+    """What ptxas said of a source when the package was built; "" unless that is up to date."""
+    log = ROOT / "build" / "ninja" / source.relative_to(ROOT).with_suffix(".cu.o.log")
+    if not log.exists():
+        return ""
+    built = log.stat().st_mtime
+    is_new = all(path.stat().st_mtime < built for path in included_files(source))
+    return log.read_text() if is_new else ""
+
+
 def compile_kernels(source: Path, architecture: str) -> tuple[Path, str]:
     """The cubin of a source, and what nvcc and ptxas had to say."""
     nvcc = find_nvcc()

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cuda_toolkit import compile_kernels, find_nvcc, find_tool, included_files
+from cuda_toolkit import build_report, compile_kernels, find_nvcc, find_tool, included_files
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 SOURCES = sorted(
@@ -97,31 +97,54 @@ def test_kernels_reach_memory_through_the_wrappers():
             assert not found, f"{relative(path)}: {found}"
 
 
-def ptxas_report(text: str) -> dict[str, dict[str, int]]:
+def ptxas_report(text: str, architecture: str) -> dict[str, dict[str, int]]:
     """Of each kernel: stack frame and spills in bytes, registers."""
+    start = rf"Compiling entry function '(?P<name>\w+)' for '{architecture}'"
+    rest = r"((?!Compiling entry).)*?"  # of this kernel
     pattern = re.compile(
-        r"Compiling entry function '(?P<name>\w+)'.*?"
-        r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-        r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+        start + rest + r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+        r"(?P<loads>\d+) bytes spill loads" + rest + r"Used (?P<registers>\d+) registers",
         re.DOTALL,
     )
-    report = {}
-    for match in pattern.finditer(text):
-        name, *numbers = match.groups()
-        report[name] = dict(
-            zip(("stack", "stores", "loads", "registers"), map(int, numbers), strict=True)
-        )
-    assert len(report) == text.count("Compiling entry function")
+    names = ("stack", "stores", "loads", "registers")
+    report = {
+        match["name"]: {name: int(match[name]) for name in names}
+        for match in pattern.finditer(text)
+    }
+    assert len(report) == len(re.findall(start, text))
     return report
+
+
+def test_ptxas_report():
+    """The reading itself, of several architectures and of text that tells too little."""
+
+    def kernel(name: str, architecture: str, spills: int) -> str:
+        return (
+            f"ptxas info    : Compiling entry function '{name}' for '{architecture}'\n"
+            f"ptxas info    : Function properties for {name}\n"
+            f"    8 bytes stack frame, {spills} bytes spill stores, 4 bytes spill loads\n"
+            f"ptxas info    : Used 40 registers, used 1 barriers\n"
+        )
+
+    text = kernel("a", "sm_80", 0) + kernel("b", "sm_80", 16) + kernel("a", "sm_90a", 24)
+    figures = {"stack": 8, "stores": 16, "loads": 4, "registers": 40}
+    report = ptxas_report(text, "sm_80")
+    assert list(report) == ["a", "b"] and report["b"] == figures
+    assert ptxas_report(text, "sm_90a") == {"a": {**figures, "stores": 24}}
+    assert ptxas_report(text, "sm_120") == {}
+    with pytest.raises(AssertionError):
+        ptxas_report(text.replace("Used 40", "used 40", 1), "sm_80")
 
 
 @needs_nvcc
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90a", "sm_120"])
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
 def test_kernels_neither_spill_nor_use_local_memory(source, architecture):
-    _, text = compile_kernels(source, architecture)
+    text = build_report(source)
+    if f"for '{architecture}'" not in text:
+        _, text = compile_kernels(source, architecture)
     assert "warning" not in text, text
-    report = ptxas_report(text)
+    report = ptxas_report(text, architecture)
     holds_kernels = re.search(r"__global__|^template cudaError_t", source.read_text(), re.MULTILINE)
     assert report or not holds_kernels
     offenders = {
