@@ -80,7 +80,8 @@ def conv_relu_inception(blocks: Sequence[Any], x: Tensor) -> Tensor | None:
     """
     if any(_why_block_reference(block) is not None for block in blocks):
         return None
-    if not _kernels_take(blocks, x):
+    # Where autocast would cast x, the pool would come before that.
+    if not _kernels_take(blocks, x) or x.dtype != _compute_dtype(x):
         return None
     convs = [block.conv for block in blocks]
     if any(conv.stride[0] != 1 or conv.padding[0] != conv.kernel_size[0] // 2 for conv in convs):
@@ -96,21 +97,25 @@ def _why_block_reference(block: Any) -> str | None:
     return why_hooked(block)
 
 
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Of a convolution of x: autocast's, or that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def _kernels_take(blocks: Sequence[Any], x: Tensor) -> bool:
     """Whether convolutions have biases, square windows, and parameters that go with x."""
     if why_no_kernel(x) is not None or runs_on_cpu(x):
         return False
-    device = x.device.type
-    casts = torch.is_autocast_enabled(device)
-    if casts and x.dtype != torch.get_autocast_dtype(device):
-        return False
+    dtype = _compute_dtype(x)
+    dtypes = (dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else (dtype,)
     return all(
         why_module_reference(block.conv, nn.Conv2d) is None
         and has_square_window(block.conv)
         and all(
             type(parameter) in PLAIN_TYPES
             and parameter.device == x.device
-            and parameter.dtype in ((x.dtype, torch.float32) if casts else (x.dtype,))
+            and parameter.dtype in dtypes
             for parameter in (block.conv.weight, block.conv.bias)
         )
         for block in blocks

@@ -281,12 +281,16 @@ def test_the_paper_under_autocast():
             expected = module(x)
         with emulated() as of_float32:  # its blocks cast one by one
             assert module(x.float()).dtype == expected.dtype
+        with emulated() as of_images:
+            y1 = conv_relu_chain([module.branch1], None, x.float())
     with emulated():
         y.sum().backward()
     assert y.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected, rtol=3e-2, atol=3e-2)
     assert {launch["op"] for launch in launches} == {"inception_forward"}
     assert "inception_forward" not in {launch["op"] for launch in of_float32}
+    assert y1.dtype == torch.bfloat16
+    assert {launch["op"] for launch in of_images} == {"conv_chain_forward"}
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
 
 
