@@ -14,7 +14,7 @@ from timing import summarize
 
 import inception_ext
 
-__all__ = ["kernels", "modules"]
+__all__ = ["kernels", "modules", "times"]
 
 _REPEATS = 10  # of a launch in a graph: one alone is shorter than the time between two events
 
@@ -37,7 +37,7 @@ def kernels(job: Any) -> Iterator[dict[str, Any]]:
             found |= {"name": launches.describe(launch), "flops": flops, "bytes": size}
             found["floor_us"] = floor * 1e6
             try:
-                found |= _times(job.device, launch)
+                found |= times(job.device, launch)
                 found["share_of_floor"] = round(floor / found["warm_us"]["median"] * 1e6, 4)
             except Exception as error:  # the next launch may do better
                 found["error"] = f"{type(error).__name__}: {error}"[:300]
@@ -45,7 +45,8 @@ def kernels(job: Any) -> Iterator[dict[str, Any]]:
         scenario.say("")
 
 
-def _times(device: Device, launch: Callable[[], None]) -> dict[str, Any]:
+def times(device: Device, launch: Callable[[], None]) -> dict[str, Any]:
+    """``warm_us``, and on a GPU ``cold_us``: median, p20 and p80."""
     if device.type != "cuda":
         return {"warm_us": _microseconds(lambda: device.seconds(launch))}
 

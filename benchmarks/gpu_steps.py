@@ -24,6 +24,7 @@ import floors
 import floors_training
 import gpu_correctness
 import gpu_kernels
+import gpu_layers
 import module_work
 import peers_cuda
 import roofs
@@ -86,6 +87,7 @@ def environment_step(job: Job) -> Findings:
 
 def correctness_step(job: Job) -> Findings:
     yield from gpu_correctness.findings(job)
+    yield from gpu_layers.checks(job)
 
 
 def network_step(job: Job) -> Findings:
@@ -134,6 +136,7 @@ def _inference(
 
 def kernels_step(job: Job) -> Findings:
     yield from gpu_kernels.kernels(job)
+    yield from gpu_layers.kernels(job)
 
 
 def modules_step(job: Job) -> Findings:

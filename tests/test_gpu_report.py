@@ -122,8 +122,15 @@ def test_steps_run(monkeypatch, job, name):
         assert findings[1]["roof"]["flops"] > 1e8
         assert "torch" in text
     elif name == "correctness":
-        assert [finding["check"]["ok"] for finding in findings] == [True, True]
+        assert [finding["check"]["ok"] for finding in findings] == [True] * 4
         assert all(0 < finding["check"]["error"] < 1e-4 for finding in findings)
+    elif name == "kernels":
+        names = [finding["kernel"]["name"] for finding in findings]
+        assert names[-4:] == [
+            *("lrn 16x7x7, forward", "lrn 16x7x7, backward"),
+            *("aux_pool 16x7x7, forward", "aux_pool 16x7x7, backward"),
+        ]
+        assert all(finding["kernel"]["warm_us"]["median"] > 0 for finding in findings)
     elif name == "modules":
         rows = {row["name"]: row for row in findings[1]["scenario"]["contestants"]}
         assert findings[1]["scenario"]["kind"] == "inception5b"
@@ -194,6 +201,24 @@ def test_nan_is_not_ok(monkeypatch):
 
 
 @needs_emulator
+def test_layers_on_the_emulator(monkeypatch, job):
+    """As on a GPU: right, repeatable, and moving the bytes that their floors count."""
+    layers = module(monkeypatch, "gpu_layers")
+    monkeypatch.setattr(layers.gpu_kernels, "times", lambda *_: {"warm_us": {"median": 1.0}})
+    for layer in layers.layers(job):
+        with emulated() as launches:
+            found = layers._check(job, layer, "fp32", 2)
+        assert found["ok"] and 0 < found["error"] <= found["limit"]
+        assert len(launches) == 5  # two runs, and one that tells the gradient's shape
+        with emulated():
+            ways = list(layers._ways(layer, *layers._tensors(job, layer, torch.float16, 2)))
+        for _, call, size in ways:
+            with emulated() as launches:
+                call()
+            assert [launch["bytes_touched"] for launch in launches] == [size]
+
+
+@needs_emulator
 def test_a_frozen_network_on_the_emulator(monkeypatch, job):
     """As on a GPU: every launch is caught and right, and they do the work that floors.py counts."""
     correctness, floors = module(monkeypatch, "gpu_correctness"), module(monkeypatch, "floors")
@@ -202,7 +227,7 @@ def test_a_frozen_network_on_the_emulator(monkeypatch, job):
     model.load_state_dict(job.state_dict(False))
     with emulated(checks=False, counting=False):
         found = correctness._case(job, model.eval(), "fp16", 1, (33, 33), "uint8 NHWC")
-        monkeypatch.setattr(kernels, "_times", lambda *_: {"warm_us": {"median": 1.0}})
+        monkeypatch.setattr(kernels, "times", lambda *_: {"warm_us": {"median": 1.0}})
         launches = [finding["kernel"] for finding in kernels.kernels(job)]
     assert found["ok"] and found["repeats"]
     assert found["launches"] == len(launches) == 24
