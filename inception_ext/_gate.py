@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from inception_ext import _library
+from inception_ext._process_group import ALONE, Group
 
 __all__ = [
     "PLAIN_TYPES",
@@ -256,6 +257,7 @@ def why_no_chain_kernel(
     paddings: Sequence[int],
     pool: Sequence[int],
     training: bool,
+    group: Group = ALONE,
 ) -> str | None:
     """As :func:`why_reference`, for these sizes of :func:`inception_ext.functional.conv_chain`."""
     if (reason := why_no_kernel(x)) is not None:
@@ -280,7 +282,8 @@ def why_no_chain_kernel(
         if i > 0 and stride != 1:
             return "a second convolution with stride"
         size = [(s + 2 * padding - kernel) // stride + 1 for s in size]
-        if min(size) < 1 or (training and x.shape[0] * size[0] * size[1] == 1):
+        pixels = x.shape[0] * size[0] * size[1]
+        if min(size) < 1 or (training and pixels == 1 and group.size == 1):
             return "an output too small"  # the reference words the error
     if pool and min(size) < pool[0]:
         return "an output too small to pool"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from inception_ext import _process_group
 from inception_ext._version import __version__
 
 __all__ = [
@@ -222,11 +223,13 @@ def _batch_norm_relu_forward_fake(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
+    group_name: str = "",
+    group_size: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels = x.shape[1]
     mean = x.new_empty(channels, dtype=torch.float32)
@@ -241,8 +244,15 @@ def _batch_norm_relu_backward_fake(
     mean: Tensor,
     rstd: Tensor,
     training: bool,
+    affine: bool = True,
+    group_name: str = "",
+    group_size: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _nhwc(x, *x.shape), torch.empty_like(weight), torch.empty_like(bias)
+    return _nhwc(x, *x.shape), *_vector_gradients([weight, bias], affine)
+
+
+def _vector_gradients(vectors: list[Tensor], affine: bool) -> list[Tensor]:
+    return [torch.empty_like(v) if affine else v.new_empty(0) for v in vectors]
 
 
 def _conv3x3_forward_fake(x: Tensor, weight: Tensor) -> Tensor:
@@ -271,6 +281,8 @@ def _inception_forward_fake(
     eps: float,
     save: bool,
     exact: bool = True,
+    group_name: str = "",
+    group_size: int = 1,
 ) -> tuple[Tensor, ...]:
     """``recomputes``: whether the kernels are CUDA's, which keep less for the backward."""
     n, c, h, w = x.shape
@@ -310,6 +322,9 @@ def _inception_backward_fake(
     training: bool,
     needs: list[bool],
     exact: bool = True,
+    affine: bool = True,
+    group_name: str = "",
+    group_size: int = 1,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     nothing = x.new_empty
     dx = _nhwc(x, *x.shape) if needs[0] else nothing(0)
@@ -320,8 +335,8 @@ def _inception_backward_fake(
     return (
         dx,
         conv_weight_grads,
-        [torch.empty_like(weight) for weight in weights],
-        [torch.empty_like(bias) for bias in biases],
+        _vector_gradients(weights, affine),
+        _vector_gradients(biases, affine),
     )
 
 
@@ -340,6 +355,8 @@ def _conv_chain_forward_fake(
     eps: float,
     save: bool,
     exact: bool = True,
+    group_name: str = "",
+    group_size: int = 1,
 ) -> tuple[Tensor, ...]:
     n, _, h, w = x.shape
     raw = []
@@ -377,6 +394,9 @@ def _conv_chain_backward_fake(
     training: bool,
     needs: list[bool],
     exact: bool = True,
+    affine: bool = True,
+    group_name: str = "",
+    group_size: int = 1,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     return (
         _nhwc(x, *x.shape) if needs[0] else x.new_empty(0),
@@ -384,8 +404,8 @@ def _conv_chain_backward_fake(
             _in_layout_of(weight) if need else x.new_empty(0)
             for weight, need in zip(conv_weights, needs[1:], strict=True)
         ],
-        [torch.empty_like(weight) for weight in weights],
-        [torch.empty_like(bias) for bias in biases],
+        _vector_gradients(weights, affine),
+        _vector_gradients(biases, affine),
     )
 
 
@@ -516,7 +536,9 @@ def _conv_chain_backward_flop(
 
 
 def register(namespace: str) -> None:
-    """Tells torch the fake kernels and the flop formulas of one namespace of the ops."""
+    """Tells torch the fake kernels and the flop formulas of one namespace of the ops, and the ops
+    what they call in Python."""
+    _process_group.implement(namespace)
 
     def inception_forward_fake(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         recomputes = namespace == "inception_ext_emulated" or x.device.type == "cuda"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from inception_ext import _library, reference
+from inception_ext._process_group import ALONE, Group
 
 __all__ = ["BatchNormRelu", "Conv3x3", "ConvChain", "Inception", "MaxPool"]
 
@@ -152,37 +153,44 @@ class BatchNormRelu(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
         training: bool,
         momentum: float,
         eps: float,
+        group: Group = ALONE,
     ) -> Tensor:
         y, mean, rstd = _library.ops(x).batch_norm_relu_forward(
-            x, weight, bias, running_mean, running_var, training, momentum, eps
+            x, weight, bias, running_mean, running_var, training, momentum, eps, *group
         )
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.training = training
         ctx.eps = eps
+        ctx.group = group
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
         gradients: list[Tensor | None]
         if needs_reference(grad):
 
             def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-                return _batch_norm_relu(x, weight, bias, mean, rstd, ctx.training, ctx.eps)
+                settings = (ctx.training, ctx.eps, ctx.group)
+                return _batch_norm_relu(x, weight, bias, mean, rstd, *settings)
 
             gradients = reference_gradients(function, grad, [x, weight, bias])
         else:
             gradients = list(
                 _library.ops(grad).batch_norm_relu_backward(
-                    grad, x, weight, bias, mean, rstd, ctx.training
+                    grad, x, weight, bias, mean, rstd, ctx.training, any(needs[1:]), *ctx.group
                 )
             )
-        return *gradients, None, None, None, None, None
+        return (
+            *(g if need else None for g, need in zip(gradients, needs, strict=True)),
+            *(None,) * 6,
+        )
 
 
 def _batch_norm_relu(
@@ -193,10 +201,11 @@ def _batch_norm_relu(
     rstd: Tensor,
     training: bool,
     eps: float,
+    group: Group,
 ) -> Tensor:
     """The reference with saved statistics: those of the batch anew, or constants."""
     if training:
-        return reference.batch_norm_relu(x, weight, bias, None, None, True, 0.0, eps)
+        return reference.batch_norm_relu(x, weight, bias, None, None, True, 0.0, eps, group)
     # 1 / sqrt(var + 0) is the rstd that was used.
     return reference.batch_norm_relu(
         x, weight, bias, mean.to(weight.dtype), (rstd**-2).to(weight.dtype), False, 0.0, 0.0
@@ -218,6 +227,7 @@ class Inception(torch.autograd.Function):
         momentum: float,
         eps: float,
         exact: bool,
+        group: Group,
         running_means: list[Tensor],
         running_vars: list[Tensor],
         x: Tensor,
@@ -236,9 +246,11 @@ class Inception(torch.autograd.Function):
             eps,
             True,
             exact,
+            *group,
         )
         ctx.save_for_backward(x, *parameters, *saved)
         ctx.exact = exact
+        ctx.group = group
         ctx.training = training
         ctx.eps = eps
         return out
@@ -254,11 +266,12 @@ class Inception(torch.autograd.Function):
 
             def function(x: Tensor, *p: Tensor) -> Tensor:
                 lists = ([weight.to(x.dtype) for weight in p[:6]], p[6:12], p[12:])
-                return _inception(x, *lists, mean, rstd, ctx.training, ctx.eps)
+                return _inception(x, *lists, mean, rstd, ctx.training, ctx.eps, ctx.group)
 
             gradients = reference_gradients(function, grad, [x, *parameters])
         else:
-            needs = _wanted(ctx, 6, 7)  # x, then the convolutions' weights
+            needs = _wanted(ctx, 7, 7)  # x, then the convolutions' weights
+            affine = ctx.needs_input_grad[14:]
             dx, *lists = _library.ops(x).inception_backward(
                 grad,
                 x,
@@ -269,9 +282,11 @@ class Inception(torch.autograd.Function):
                 ctx.training,
                 needs,
                 ctx.exact,
+                any(affine),
+                *ctx.group,
             )
-            gradients = _flat(dx, lists, [*needs, *ctx.needs_input_grad[13:]])
-        return *(None,) * 6, *gradients
+            gradients = _flat(dx, lists, [*needs, *affine])
+        return *(None,) * 7, *gradients
 
 
 # The op's statistics lie in one vector: the merged 1x1 convolutions first.
@@ -287,12 +302,13 @@ def _inception(
     rstd: Tensor,
     training: bool,
     eps: float,
+    group: Group,
 ) -> Tensor:
     """The reference with saved statistics, see :func:`_batch_norm_relu`."""
     if training:
         nothing = [None] * 6
         return reference.inception(
-            x, conv_weights, weights, biases, nothing, nothing, True, 0.0, eps
+            x, conv_weights, weights, biases, nothing, nothing, True, 0.0, eps, group
         )
     sizes = [conv_weights[i].shape[0] for i in _STATISTICS_ORDER]
     means = dict(zip(_STATISTICS_ORDER, mean.split(sizes), strict=True))
@@ -327,6 +343,7 @@ class ConvChain(torch.autograd.Function):
         momentum: float,
         eps: float,
         exact: bool,
+        group: Group,
         running_means: list[Tensor],
         running_vars: list[Tensor],
         x: Tensor,
@@ -334,19 +351,19 @@ class ConvChain(torch.autograd.Function):
     ) -> Tensor:
         lists = _thirds(parameters)
         window = (strides, paddings, pool)
-        y, *saved = _library.ops(x).conv_chain_forward(
-            x, *lists, running_means, running_vars, *window, training, momentum, eps, True, exact
-        )
+        statistics = (running_means, running_vars)
+        settings = (training, momentum, eps, True, exact, *group)
+        y, *saved = _library.ops(x).conv_chain_forward(x, *lists, *statistics, *window, *settings)
         ctx.save_for_backward(x, *parameters, *saved)
         ctx.window = window
-        ctx.settings = (training, eps, exact)
+        ctx.settings = (training, eps, exact, group)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         parameters, saved = tensors[:-5], tensors[-5:]
-        training, eps, exact = ctx.settings
+        training, eps, exact, group = ctx.settings
         length = len(parameters) // 3
         gradients: list[Tensor | None]
         if needs_reference(grad):
@@ -354,11 +371,12 @@ class ConvChain(torch.autograd.Function):
 
             def function(x: Tensor, *p: Tensor) -> Tensor:
                 window = ctx.window
-                return _conv_chain(x, _thirds(p), (mean, rstd), window, training, eps)
+                return _conv_chain(x, _thirds(p), (mean, rstd), window, training, eps, group)
 
             gradients = reference_gradients(function, grad, [x, *parameters])
         else:
-            needs = _wanted(ctx, 9, 1 + length)  # x, then the convolutions' weights
+            needs = _wanted(ctx, 10, 1 + length)  # x, then the convolutions' weights
+            affine = ctx.needs_input_grad[11 + length :]
             dx, *lists = _library.ops(x).conv_chain_backward(
                 grad,
                 x,
@@ -368,9 +386,11 @@ class ConvChain(torch.autograd.Function):
                 training,
                 needs,
                 exact,
+                any(affine),
+                *group,
             )
-            gradients = _flat(dx, lists, [*needs, *ctx.needs_input_grad[10 + length :]])
-        return *(None,) * 9, *gradients
+            gradients = _flat(dx, lists, [*needs, *affine])
+        return *(None,) * 10, *gradients
 
 
 def _thirds(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -386,6 +406,7 @@ def _conv_chain(
     window: tuple[Sequence[int], Sequence[int], Sequence[int]],
     training: bool,
     eps: float,
+    group: Group,
 ) -> Tensor:
     """The reference with saved mean and rstd, see :func:`_batch_norm_relu`."""
     conv_weights, weights, biases = parameters
@@ -393,7 +414,7 @@ def _conv_chain(
     lists = (filters, weights, biases)
     if training:
         nothing = [None] * len(filters)
-        return reference.conv_chain(x, *lists, nothing, nothing, *window, True, 0.0, eps)
+        return reference.conv_chain(x, *lists, nothing, nothing, *window, True, 0.0, eps, group)
     sizes, dtype = [weight.shape[0] for weight in filters], weights[0].dtype
     means = [part.to(dtype) for part in statistics[0].split(sizes)]
     variances = [part.to(dtype) for part in (statistics[1] ** -2).split(sizes)]

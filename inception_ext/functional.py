@@ -16,6 +16,7 @@ from inception_ext._gate import (
     PLAIN_TYPES,
     needs_grad,
     pair,
+    runs_on_cpu,
     use_kernels,
     why_aux_pool_reference,
     why_conv3x3_reference,
@@ -28,6 +29,7 @@ from inception_ext._gate import (
     why_unavailable,
 )
 from inception_ext._launches import Exact, Launcher
+from inception_ext._process_group import ALONE, Group
 from inception_ext._steps import FoldedInception
 
 __all__ = [
@@ -92,46 +94,53 @@ def batch_norm_relu(
     training: bool,
     momentum: float,
     eps: float,
+    group: Group = ALONE,
 ) -> Tensor:
     """:func:`inception_ext.reference.batch_norm_relu` in two passes over x, one in evaluation.
 
-    float16, bfloat16 and float32 on CUDA, float32 and bfloat16 on the CPU, with affine parameters
-    and running statistics; the reference elsewhere.
+    float16, bfloat16 and float32 on CUDA, float32 and bfloat16 on the CPU (without a group), with
+    affine parameters; the reference elsewhere.
     """
-    tensors = (weight, bias, running_mean, running_var)
+    vectors = (weight, bias, running_mean, running_var)
+    settings = (training, momentum, eps)
     if (
         why_no_kernel(x) is not None
-        or not _has_batch(x, training)
-        or not _vectors_fit(x, tensors, [x.shape[1]])
+        or not _has_batch(x, training, group)
+        or not _vectors_fit(x, [[v] for v in vectors], [x.shape[1]], training)
     ):
-        return reference.batch_norm_relu(
-            x, weight, bias, running_mean, running_var, training, momentum, eps
-        )
+        return reference.batch_norm_relu(x, *vectors, *settings, group)
     if needs_grad(x, weight, bias):  # type: ignore[arg-type]
-        y = autograd.BatchNormRelu.apply(
-            x, weight, bias, running_mean, running_var, training, momentum, eps
-        )
+        y = autograd.BatchNormRelu.apply(x, *vectors, *settings, group)
     else:
-        y = _library.ops(x).batch_norm_relu_forward(
-            x, weight, bias, running_mean, running_var, training, momentum, eps
-        )[0]
+        y = _library.ops(x).batch_norm_relu_forward(x, *vectors, *settings, *group)[0]
     if training:
         _note_update(running_mean, running_var)
     return y
 
 
-def _has_batch(x: Tensor, training: bool) -> bool:
-    """Whether there is a variance to compute, where one is needed."""
+def _has_batch(x: Tensor, training: bool, group: Group) -> bool:
+    """Whether there are kernels for the group, and a variance to compute where one is needed."""
+    if group.size > 1:
+        return not runs_on_cpu(x)
     n, _, h, w = x.shape
     return not training or n * h * w > 1
 
 
-def _vectors_fit(x: Tensor, vectors: Sequence[Tensor | None], channels: Sequence[int]) -> bool:
+def _vectors_fit(
+    x: Tensor,
+    lists: Sequence[Sequence[Tensor | None]],
+    channels: Sequence[int],
+    training: bool,
+) -> bool:
     """Whether batch norms' vectors go with x; for those that do not, the reference has the error.
 
     Args:
-        channels: of the first vectors, then of the next, and so on.
+        lists: weights, biases, running means and variances; the last two may be None in training.
+        channels: of each batch norm.
     """
+    if training and all(v is None for vectors in lists[2:] for v in vectors):
+        lists = lists[:2]
+    vectors = [v for vectors in lists for v in vectors]
     dtype = None if vectors[0] is None else vectors[0].dtype
     return dtype in (x.dtype, torch.float32) and all(
         v is not None
@@ -153,6 +162,7 @@ def inception(
     training: bool,
     momentum: float,
     eps: float,
+    group: Group = ALONE,
 ) -> Tensor:
     """:func:`inception_ext.reference.inception` as one op forward and one backward.
 
@@ -163,33 +173,39 @@ def inception(
     for name, tensors in zip(_INCEPTION_LISTS, (conv_weights, *vectors), strict=True):
         if len(tensors) != 6:
             raise ValueError(f"inception: {name}: expected 6 tensors, got {len(tensors)}")
-    if why_no_kernel(x) is None and _has_batch(x, training):
+    if why_no_kernel(x) is None and _has_batch(x, training, group):
         kernels = _autocast(x, conv_weights)
         exact = Exact.by_torch(x.dtype).convolutions
-        if _convolutions_fit(x, kernels) and _vectors_fit(
-            x, [v for tensors in vectors for v in tensors], [k.shape[0] for k in kernels]
-        ):
+        channels = [k.shape[0] for k in kernels]
+        if _convolutions_fit(x, kernels) and _vectors_fit(x, vectors, channels, training):
+            statistics = (_given(running_means), _given(running_vars))
             if needs_grad(x, *kernels, *weights, *biases):
                 out = autograd.Inception.apply(
                     training,
                     momentum,
                     eps,
                     exact,
-                    list(running_means),
-                    list(running_vars),
+                    group,
+                    *statistics,
                     x,
                     *kernels,
                     *weights,
                     *biases,
                 )
             else:
+                settings = (training, momentum, eps, False, exact, *group)
                 out = _library.ops(x).inception_forward(
-                    x, kernels, *vectors, training, momentum, eps, False, exact
+                    x, kernels, weights, biases, *statistics, *settings
                 )[0]
             if training:
                 _note_update(*running_means, *running_vars)
             return out
-    return reference.inception(x, conv_weights, *vectors, training, momentum, eps)
+    return reference.inception(x, conv_weights, *vectors, training, momentum, eps, group)
+
+
+def _given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """Running statistics as the ops take them: an empty list where there are none."""
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def conv_chain(
@@ -205,6 +221,7 @@ def conv_chain(
     training: bool,
     momentum: float,
     eps: float,
+    group: Group = ALONE,
 ) -> Tensor:
     """:func:`inception_ext.reference.conv_chain` as one op forward and one backward.
 
@@ -218,35 +235,36 @@ def conv_chain(
             raise ValueError(
                 f"conv_chain: {name}: expected {len(strides)} tensors, got {len(tensors)}"
             )
-    if why_no_chain_kernel(x, conv_weights, *window, training) is None:
+    if why_no_chain_kernel(x, conv_weights, *window, training, group) is None:
         x = _cast_to_autocast(x)
         kernels = _autocast(x, conv_weights)
         exact = Exact.by_torch(x.dtype).convolutions
-        if _chain_fits(x, kernels) and _vectors_fit(
-            x, [v for tensors in vectors for v in tensors], [k.shape[0] for k in kernels]
-        ):
+        channels = [k.shape[0] for k in kernels]
+        if _chain_fits(x, kernels) and _vectors_fit(x, vectors, channels, training):
+            statistics = (_given(running_means), _given(running_vars))
             if needs_grad(x, *kernels, *weights, *biases):
-                lists = (list(running_means), list(running_vars))
                 y = autograd.ConvChain.apply(
                     *window,
                     training,
                     momentum,
                     eps,
                     exact,
-                    *lists,
+                    group,
+                    *statistics,
                     x,
                     *kernels,
                     *weights,
                     *biases,
                 )
             else:
+                settings = (training, momentum, eps, False, exact, *group)
                 y = _library.ops(x).conv_chain_forward(
-                    x, kernels, *vectors, *window, training, momentum, eps, False, exact
+                    x, kernels, weights, biases, *statistics, *window, *settings
                 )[0]
             if training:
                 _note_update(*running_means, *running_vars)
             return y
-    return reference.conv_chain(x, conv_weights, *vectors, *window, training, momentum, eps)
+    return reference.conv_chain(x, conv_weights, *vectors, *window, training, momentum, eps, group)
 
 
 def _chain_fits(x: Tensor, weights: Sequence[Tensor]) -> bool:

@@ -1,7 +1,7 @@
 """The building blocks of GoogLeNet, with torchvision's constructors, names and state_dict keys."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from inception_ext._gate import (
     why_unavailable,
 )
 from inception_ext._layers import aux_pool, has_square_window, max_pool, pool_window
+from inception_ext._process_group import Group, group_of
 
 __all__ = ["BasicConv2d", "Inception", "InceptionAux"]
 
@@ -89,8 +90,7 @@ def _chain_settings(blocks: list[Any], pool: Any, x: Tensor) -> tuple[Any, ...] 
             or conv.bias is not None
             or not has_square_window(conv)
             or _why_batch_norm_reference(bn) is not None
-            or (bn.training, bn.momentum, bn.eps)
-            != (blocks[0].bn.training, blocks[0].bn.momentum, blocks[0].bn.eps)
+            or _batch_norm_kind(bn) != _batch_norm_kind(blocks[0].bn)
         ):
             return None
         window[0].append(conv.stride[0])
@@ -102,22 +102,11 @@ def _chain_settings(blocks: list[Any], pool: Any, x: Tensor) -> tuple[Any, ...] 
         window[2].extend(sizes)
     bns = [block.bn for block in blocks]
     conv_weights = [block.conv.weight for block in blocks]
-    training = bns[0].training
-    if why_no_chain_kernel(x, conv_weights, *window, training) is not None:
+    settings = (_takes_batch(bns[0]), group_of(bns[0]))
+    if why_no_chain_kernel(x, conv_weights, *window, *settings) is not None:
         return None
-    if training:
-        torch._foreach_add_([bn.num_batches_tracked for bn in bns], 1)
-    return (
-        conv_weights,
-        [bn.weight for bn in bns],
-        [bn.bias for bn in bns],
-        [bn.running_mean for bn in bns],
-        [bn.running_var for bn in bns],
-        *window,
-        training,
-        bns[0].momentum,
-        bns[0].eps,
-    )
+    batch = _start_batch(bns)
+    return None if batch is None else (conv_weights, *batch.vectors, *window, *batch.settings)
 
 
 def _why_conv_block_reference(block: Any) -> str | None:
@@ -131,35 +120,79 @@ def _why_conv_block_reference(block: Any) -> str | None:
 def _batch_norm_relu(bn: Any, x: Tensor) -> Tensor:
     if why_no_kernel(x) is not None or _why_batch_norm_reference(bn) is not None:
         return F.relu(bn(x))  # not in place: backward hooks on bn forbid it, forward hooks keep x
-    if bn.training:
-        bn.num_batches_tracked.add_(1)
-    return functional.batch_norm_relu(
-        x,
-        bn.weight,
-        bn.bias,
-        bn.running_mean,
-        bn.running_var,
-        bn.training,
-        bn.momentum,
-        bn.eps,
-    )
+    batch = _start_batch([bn])
+    assert batch is not None  # one alone counts as it does
+    return functional.batch_norm_relu(x, *(v[0] for v in batch.vectors), *batch.settings)
 
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _why_batch_norm_reference(bn: Any) -> str | None:
-    reason = why_module_reference(bn, nn.BatchNorm2d)
+    is_shared = type(bn) is nn.SyncBatchNorm
+    reason = why_module_reference(bn, nn.SyncBatchNorm if is_shared else nn.BatchNorm2d)
     if reason is not None:
         return reason
     parameters, buffers = bn._parameters, bn._buffers  # attributes are slow
     if parameters.get("weight") is None or parameters.get("bias") is None:
         return "BatchNorm2d without affine parameters"
-    if not bn.track_running_stats or any(buffers.get(name) is None for name in _STATISTICS):
-        return "BatchNorm2d without running statistics"
-    if bn.momentum is None:
-        return "BatchNorm2d with momentum=None"
+    given = [buffers.get(name) is not None for name in _STATISTICS]
+    if not all(given) and (bn.track_running_stats or any(given)):
+        return "BatchNorm2d without running statistics that it tracks"
+    if bn.training and torch.compiler.is_compiling():
+        if is_shared:
+            return "SyncBatchNorm under torch.compile"
+        if bn.momentum is None:
+            return "BatchNorm2d with momentum=None under torch.compile"
     return None
+
+
+def _takes_batch(bn: Any) -> bool:
+    """Whether a batch norm normalises by the statistics of the batch."""
+    return bn.training or bn.running_mean is None
+
+
+def _batch_norm_kind(bn: Any) -> tuple[Any, ...]:
+    """What batch norms of one op must have in common."""
+    has_statistics = bn._buffers.get("running_mean") is not None
+    tracks = bn.track_running_stats and bn.training
+    return bn.training, bn.momentum, bn.eps, has_statistics, tracks, group_of(bn)
+
+
+class _Batch(NamedTuple):
+    """What the ops take of batch norms: their vectors, one list each, and what they share."""
+
+    vectors: tuple[list[Tensor], list[Tensor], list[Tensor | None], list[Tensor | None]]
+    settings: tuple[bool, float, float, Group]  # training, momentum, eps, group
+
+
+def _start_batch(bns: list[Any]) -> _Batch | None:
+    """Counts the batch for batch norms of one kind; None where their averages are not alike."""
+    first = bns[0]
+    momentum = first.momentum or 0.0
+    tracks = first.training and first.track_running_stats
+    if tracks:
+        counters = [bn.num_batches_tracked for bn in bns]
+        if first.momentum is None:  # a cumulative average
+            counts = set(torch.stack(counters).tolist())
+            if len(counts) != 1:
+                return None
+            momentum = 1.0 / (counts.pop() + 1)
+        torch._foreach_add_(counters, 1)
+    moves = tracks or not first.training  # else torch leaves running statistics alone
+
+    def running(name: str) -> list[Tensor | None]:
+        return [getattr(bn, name) if moves else None for bn in bns]
+
+    return _Batch(
+        (
+            [bn.weight for bn in bns],
+            [bn.bias for bn in bns],
+            running("running_mean"),
+            running("running_var"),
+        ),
+        (_takes_batch(first), momentum, first.eps, group_of(first)),
+    )
 
 
 class Inception(nn.Module):
@@ -247,21 +280,11 @@ def _inception(block: Inception, x: Tensor) -> Tensor:
     if why_no_kernel(x) is not None or why_block_reference(block) is not None:
         return _other_inception(block, x)
     blocks = _conv_blocks(block)
-    bns = [conv_block.bn for conv_block in blocks]
-    training = bns[0].training
-    if training:
-        torch._foreach_add_([bn.num_batches_tracked for bn in bns], 1)
-    return functional.inception(
-        x,
-        [conv_block.conv.weight for conv_block in blocks],
-        [bn.weight for bn in bns],
-        [bn.bias for bn in bns],
-        [bn.running_mean for bn in bns],
-        [bn.running_var for bn in bns],
-        training,
-        bns[0].momentum,
-        bns[0].eps,
-    )
+    batch = _start_batch([conv_block.bn for conv_block in blocks])
+    if batch is None:
+        return torch.cat(block._forward(x), 1)
+    conv_weights = [conv_block.conv.weight for conv_block in blocks]
+    return functional.inception(x, conv_weights, *batch.vectors, *batch.settings)
 
 
 def _other_inception(block: Inception, x: Tensor) -> Tensor:
@@ -312,10 +335,10 @@ def why_block_reference(block: Inception) -> str | None:
             return "a convolution with bias, stride, dilation, groups or unusual padding"
         if (reason := _why_batch_norm_reference(bn)) is not None:
             return reason
-        settings = (bn.training, bn.momentum, bn.eps)
-        first = settings if first is None else first
-        if settings != first:
-            return "batch norms that differ in training, momentum or eps"
+        kind = _batch_norm_kind(bn)
+        first = kind if first is None else first
+        if kind != first:
+            return "batch norms that differ in training, momentum, eps, statistics or group"
         bns.add(bn)
     if len(bns) != 6:
         return "a batch norm that is part of two branches"

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from inception_ext import _process_group
+from inception_ext._process_group import ALONE, Group
+
 __all__ = [
     "aux_pool",
     "batch_norm_relu",
@@ -59,6 +62,7 @@ def batch_norm_relu(
     training: bool,
     momentum: float,
     eps: float,
+    group: Group = ALONE,
 ) -> Tensor:
     """``relu((x - mean) / sqrt(var + eps) * weight + bias)``, per channel.
 
@@ -71,11 +75,17 @@ def batch_norm_relu(
         weight, bias, running_mean, running_var: ``[C]`` or None.
         momentum: a number; a module's ``momentum=None`` (cumulative average) is resolved by the
             caller to ``1 / num_batches_tracked``.
+        group: processes whose batches count as one in training, as with ``nn.SyncBatchNorm``;
+            default: the calling process alone.
 
     Raises:
         ValueError: ``training`` and one value per channel, of which there is no variance.
     """
-    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    vectors = (running_mean, running_var, weight, bias)
+    if training and group.size > 1:
+        y = _process_group.batch_norm(x, weight, bias, *vectors[:2], momentum, eps, group)
+    else:
+        y = F.batch_norm(x, *vectors, training, momentum, eps)
     return F.relu(y)
 
 
@@ -96,10 +106,13 @@ def conv_bn_relu(
     eps: float,
     stride: int = 1,
     padding: int = 0,
+    group: Group = ALONE,
 ) -> Tensor:
     """:func:`batch_norm_relu` of a convolution with ``conv_weight`` ``[K, C, R, S]``, no bias."""
     y = F.conv2d(x, conv_weight, None, stride, padding)
-    return batch_norm_relu(y, weight, bias, running_mean, running_var, training, momentum, eps)
+    return batch_norm_relu(
+        y, weight, bias, running_mean, running_var, training, momentum, eps, group
+    )
 
 
 def conv_chain(
@@ -115,6 +128,7 @@ def conv_chain(
     training: bool,
     momentum: float,
     eps: float,
+    group: Group = ALONE,
 ) -> Tensor:
     """:func:`conv_bn_relu` once or more, then :func:`max_pool`.
 
@@ -124,11 +138,12 @@ def conv_chain(
         weights, biases, running_means, running_vars: of each batch norm, ``[K]``.
         strides, paddings: of each convolution.
         pool: kernel size, stride, padding, ceil mode (0 or 1); empty: none.
-        training, momentum, eps: as in :func:`batch_norm_relu`.
+        training, momentum, eps, group: as in :func:`batch_norm_relu`.
     """
+    settings = (training, momentum, eps)
     for i, conv_weight in enumerate(conv_weights):
         norm = (weights[i], biases[i], running_means[i], running_vars[i])
-        x = conv_bn_relu(x, conv_weight, *norm, training, momentum, eps, strides[i], paddings[i])
+        x = conv_bn_relu(x, conv_weight, *norm, *settings, strides[i], paddings[i], group)
     if not pool:
         return x
     kernel_size, stride, padding, ceil_mode = pool
@@ -145,6 +160,7 @@ def inception(
     training: bool,
     momentum: float,
     eps: float,
+    group: Group = ALONE,
 ) -> Tensor:
     """The Inception module: four branches of x, concatenated along the channels.
 
@@ -161,7 +177,7 @@ def inception(
         x: ``[N, C, H, W]``.
         conv_weights: ``[K_i, C_i, R_i, R_i]``; the padding is ``R_i // 2``.
         weights, biases, running_means, running_vars: of the batch normalisations, ``[K_i]``.
-        training, momentum, eps: as in :func:`batch_norm_relu`, the same for all six.
+        training, momentum, eps, group: as in :func:`batch_norm_relu`, the same for all six.
 
     Returns:
         ``[N, K_0 + K_2 + K_4 + K_5, H, W]``.
@@ -179,6 +195,7 @@ def inception(
             momentum,
             eps,
             padding=conv_weights[i].shape[-1] // 2,
+            group=group,
         )
 
     def pool(y: Tensor) -> Tensor:

@@ -166,6 +166,7 @@ def op_calls(dtype: torch.dtype = torch.float32, size: tuple[int, int, int] = (2
     lists = list(inception_tensors(branch3=5, dtype=dtype).values())
     grad = randn(n, output_of("odd"), h, w, seed=1, dtype=dtype)
     pool = ([3, 3], [2, 2], [1, 1])
+    alone = ("", 1)  # the group
     y, argmax = ops.max_pool_forward(x, *pool, True, True)
     _, mean, rstd = ops.batch_norm_relu_forward(x, *bn, False, 0.1, 1e-3)
     saved = ops.inception_forward(x, *lists, False, 0.1, 1e-3, True)[1:]
@@ -175,13 +176,13 @@ def op_calls(dtype: torch.dtype = torch.float32, size: tuple[int, int, int] = (2
         (x, *pool, True, True),
         (x, *pool, False, False),
         (randn(*y.shape, dtype=dtype), argmax, [h, w], *pool),
-        (x, *bn, True, 0.1, 1e-3),
-        (x, *bn, False, 0.1, 1e-3),
-        (x, x, *bn[:2], mean, rstd, True),
-        (x, *lists, True, 0.1, 1e-3, True, True),
-        (x, *lists, False, 0.1, 1e-3, False, True),
-        (grad, x, *lists[:3], *saved, True, [True] * 7, True),
-        (grad, x, *lists[:3], *saved, True, [False] * 5 + [True] * 2, True),
+        (x, *bn, True, 0.1, 1e-3, *alone),
+        (x, *bn, False, 0.1, 1e-3, *alone),
+        (x, x, *bn[:2], mean, rstd, True, True, *alone),
+        (x, *lists, True, 0.1, 1e-3, True, True, *alone),
+        (x, *lists, False, 0.1, 1e-3, False, True, *alone),
+        (grad, x, *lists[:3], *saved, True, [True] * 7, True, True, *alone),
+        (grad, x, *lists[:3], *saved, True, [False] * 5 + [True] * 2, True, False, *alone),
         (x, [2.0] * 17, [1.0] * 17, torch.bfloat16),
         (wide, x, 2),
         (x32, weight),

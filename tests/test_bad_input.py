@@ -101,6 +101,9 @@ def bad_values(op: str, name: str, value: Any) -> Iterator[tuple[Any, str]]:
     elif isinstance(value, list):
         yield value[1:], "scale and shift: expected 17 values each, got (16 and 17|17 and 16)"
         yield [], "scale and shift: expected 17 values each, got (0 and 17|17 and 0)"
+    elif name == "group_size":
+        for bad in (*HUGE, 0, 2):
+            yield bad, f"{name}: expected 1 on the CPU, got {bad}"
     elif isinstance(value, int) and not isinstance(value, bool):
         for bad in (*HUGE, 4):
             yield bad, f"{name}: expected 0 to 3, got {bad}"

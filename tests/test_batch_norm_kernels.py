@@ -121,6 +121,7 @@ def finalize(
                 "tile_stride": item["tile_mean"].stride(0),
                 "x_stride": item["x"].stride(0) if "x" in item else 0,
                 "dtype": DTYPE_CODE[item["x"].dtype] if "x" in item else 0,
+                "tile_pixels_stride": 1 if (n := item.get("tile_pixels")) is None else n.stride(0),
                 "pixels": item.get("pixels", 0),
                 "rows_per_tile": item.get("rows", 0),
                 "tiles": len(item["tile_mean"]),

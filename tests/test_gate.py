@@ -6,6 +6,7 @@ For each condition: which ops were called, and results, gradients and buffers he
 
 import copy
 import gc
+import inspect
 import os
 import shutil
 import subprocess
@@ -317,7 +318,6 @@ REBUILT: dict[str, Callable[[Inception], object]] = {
     "track_running_stats=False": replace(
         "branch1.bn", lambda: nn.BatchNorm2d(8, eps=1e-3, track_running_stats=False)
     ),
-    "tracking turned off later": set_attributes("branch1.bn", track_running_stats=False),
     "affine=False": replace("branch1.bn", lambda: nn.BatchNorm2d(8, eps=1e-3, affine=False)),
     "no bias": set_attributes("branch1.bn", bias=None),
     "no count of batches": set_attributes("branch1.bn", num_batches_tracked=None),
@@ -338,7 +338,7 @@ def test_a_rebuilt_block(change):
 def test_a_rebuilt_block_says_why():
     block = make_block()
     block.branch1.bn.momentum = None
-    assert "not fused: BatchNorm2d with momentum=None" in repr(block)
+    assert "not fused: batch norms that differ in training, momentum, eps" in repr(block)
     with functional.use_kernels(False):
         assert "not fused: turned off" in repr(block)
 
@@ -348,6 +348,36 @@ def test_one_momentum_for_all_is_fused(block):
         if isinstance(bn, nn.BatchNorm2d):
             bn.momentum, bn.eps = 0.7, 0.01
     check(block, kernels=True)
+
+
+OTHER_KINDS: dict[str, Callable[[nn.BatchNorm2d], nn.BatchNorm2d]] = {
+    "momentum=None": lambda bn: set_all(bn, momentum=None),
+    "no statistics": lambda bn: nn.BatchNorm2d(
+        bn.num_features, eps=1e-3, track_running_stats=False
+    ),
+    "tracking turned off later": lambda bn: set_all(bn, track_running_stats=False),
+    "synchronised, but alone": nn.SyncBatchNorm.convert_sync_batchnorm,
+}
+
+
+def set_all(bn: nn.BatchNorm2d, **values: object) -> nn.BatchNorm2d:
+    for key, value in values.items():
+        setattr(bn, key, value)
+    return bn
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_another_kind_of_batch_norm_for_all_is_fused(block, kind):
+    for name, module in list(block.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            block.set_submodule(name, OTHER_KINDS[kind](module))
+    check(block, kernels=True)
+
+
+def test_tracking_turned_off_for_one(block):
+    """Is the same in evaluation."""
+    block.branch1.bn.track_running_stats = False
+    assert check(block).count("inception_forward") == 1
 
 
 def test_branches_of_its_own():
@@ -1177,11 +1207,14 @@ def test_accelerated_models_are_fused(tv_googlenet):
 
 def test_the_reference_is_what_is_fallen_back_to(block):
     """functional and reference have the same signature."""
-    arguments = (X, *(torch.ones(16) for _ in range(2)), None, None, True, 0.1, 1e-3)
+    arguments = (X, None, None, *(torch.ones(16) for _ in range(2)), True, 0.1, 1e-3)
     with CalledOps() as called:
         y = functional.batch_norm_relu(*arguments)
     assert called.names == []
     assert torch.equal(y, reference.batch_norm_relu(*arguments))
+    for name in ("batch_norm_relu", "conv_chain", "inception", "max_pool"):
+        ours, plain = (inspect.signature(getattr(m, name)) for m in (functional, reference))
+        assert list(ours.parameters) == list(plain.parameters)
 
 
 @pytest.mark.parametrize(

@@ -307,7 +307,7 @@ def test_settings_survive_a_version_that_knows_fewer():
 
 
 def test_sync_batch_norm_alone_is_batch_norm(monkeypatch):
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: None)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, group: None)
     torch.manual_seed(0)
     plain = nn.BatchNorm2d(5, eps=1e-3).double()
     nn.init.uniform_(plain.weight)

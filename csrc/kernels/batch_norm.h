@@ -49,7 +49,8 @@ struct BatchNormFinalizeItem {
   DType dtype;                 // of x
   const float* tile_m2;        // [tiles, C], sum of squared deviations from the tile's mean
   const int32_t* tile_pixels;  // [tiles], not with x; nullptr: rows_per_tile, the last what is left
-  int64_t tile_stride;         // elements from one tile to the next, of tile_mean and tile_m2
+  int64_t tile_pixels_stride;  // elements from one tile to the next, of tile_pixels
+  int64_t tile_stride;         // and of tile_mean and tile_m2
   int64_t pixels;              // P; not used with tile_pixels
   int32_t rows_per_tile;       // not used with tile_pixels
   int32_t tiles;
@@ -57,6 +58,7 @@ struct BatchNormFinalizeItem {
   float* mean;          // [C]
   float* m2;            // [C], may be nullptr
   float* rstd;          // [C], may be nullptr
+  int32_t* count;       // [1], gets P; may be nullptr
   float* running_mean;  // [C], updated; may be nullptr
   float* running_var;   // [C], updated with the unbiased variance; may be nullptr
   float momentum;       // weight of the new value
@@ -133,7 +135,8 @@ struct BatchNormReluBackwardParams {
   int32_t items;
   int32_t chunks;         // batch_norm_chunks(P, all channels), or how many rows partials has
   int64_t pixels;         // P
-  int64_t count;          // values per channel behind the statistics: P, or that of all processes
+  int64_t count;          // values per channel behind the statistics
+  const float* total;     // [1], in the place of count where only the device knows; may be nullptr
   bool batch_statistics;  // false: mean and rstd are constants
   DType dtype;
   // The max pool behind y, where items have an argmax (then all have).

@@ -111,7 +111,8 @@ __global__ void __launch_bounds__(kGroupThreads, Source::kMinBlocks)
       return load_global(partials + int64_t{2} * chunk * item.channels);
     });
     if (cell.phase == 0) {
-      const float mean = total / static_cast<float>(p.count);
+      const float count = p.total != nullptr ? load_global(p.total) : static_cast<float>(p.count);
+      const float mean = total / count;
       float* to = cell.sum == 0 ? mean_dy : slope;
       store_shared(to + cell.position, cell.sum == 0 ? mean : mean * load_global(item.rstd + c));
       float* gradient = cell.sum == 0 ? item.dbeta : item.dgamma;

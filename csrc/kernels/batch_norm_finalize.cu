@@ -50,7 +50,9 @@ __device__ __forceinline__ float first_pixel(const BatchNormFinalizeItem& item, 
 }
 
 __device__ __forceinline__ float pixels_of(const BatchNormFinalizeItem& item, int32_t tile) {
-  if (item.tile_pixels != nullptr) return static_cast<float>(load_global(item.tile_pixels + tile));
+  if (item.tile_pixels != nullptr) {
+    return static_cast<float>(load_global(item.tile_pixels + tile * item.tile_pixels_stride));
+  }
   const int64_t left = item.pixels - int64_t{tile} * item.rows_per_tile;
   return static_cast<float>(left < item.rows_per_tile ? left : item.rows_per_tile);
 }
@@ -127,6 +129,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
   store_global(item.mean + c, mean);
   if (item.m2 != nullptr) store_global(item.m2 + c, moments.m2);
   if (item.rstd != nullptr) store_global(item.rstd + c, 1 / sqrtf(variance + item.eps));
+  if (item.count != nullptr && c == 0) {
+    store_global(item.count, static_cast<int32_t>(item.pixels));
+  }
   if (count > 0) {
     update(item.running_mean, c, item.momentum, mean);
     update(item.running_var, c, item.momentum, moments.m2 / (count - 1));
@@ -135,6 +140,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
 
 bool takes(const BatchNormFinalizeItem& item) {
   return item.channels >= 0 && item.tiles >= 0 && (item.channels == 0 || item.mean != nullptr) &&
+         (item.count == nullptr || (item.tile_pixels == nullptr && item.pixels <= INT32_MAX)) &&
          (item.channels == 0 || item.tiles == 0 ||
           (item.tile_mean != nullptr && item.tile_m2 != nullptr &&
            ((item.tile_pixels != nullptr && item.x == nullptr) ||

@@ -1,5 +1,7 @@
 #include "torch/batch_norm.h"
 
+#include <optional>
+#include <string>
 #include <tuple>
 
 #include "cpu/batch_norm.h"
@@ -54,21 +56,23 @@ void batch_norm_relu_backward_pixels(const Pixels& grad, const Pixels& x, const 
                                      const BatchNorm& bn, bool training, float* sum_dy,
                                      float* sum_dy_xhat) {
   std::vector<float> space = workspace(x);
-  cpu::batch_norm_relu_backward_reduce({.x = x.data,
-                                        .x_stride = x.stride,
-                                        .dy = grad.data,
-                                        .dy_stride = grad.stride,
-                                        .dtype = kernel_dtype(dtype),
-                                        .pixels = x.count,
-                                        .channels = x.channels,
-                                        .mean = statistics.mean,
-                                        .rstd = statistics.rstd,
-                                        .gamma = bn.weight.data(),
-                                        .beta = bn.bias.data(),
-                                        .sum_dy = sum_dy,
-                                        .sum_dy_xhat = sum_dy_xhat,
-                                        .workspace = space.data(),
-                                        .parallel = torch_threads});
+  if (sum_dy) {
+    cpu::batch_norm_relu_backward_reduce({.x = x.data,
+                                          .x_stride = x.stride,
+                                          .dy = grad.data,
+                                          .dy_stride = grad.stride,
+                                          .dtype = kernel_dtype(dtype),
+                                          .pixels = x.count,
+                                          .channels = x.channels,
+                                          .mean = statistics.mean,
+                                          .rstd = statistics.rstd,
+                                          .gamma = bn.weight.data(),
+                                          .beta = bn.bias.data(),
+                                          .sum_dy = sum_dy,
+                                          .sum_dy_xhat = sum_dy_xhat,
+                                          .workspace = space.data(),
+                                          .parallel = torch_threads});
+  }
   cpu::batch_norm_relu_backward_apply({.x = x.data,
                                        .x_stride = x.stride,
                                        .dy = grad.data,
@@ -91,9 +95,11 @@ void batch_norm_relu_backward_pixels(const Pixels& grad, const Pixels& x, const 
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(Tensor x, Tensor weight, Tensor bias,
-                                                           Tensor running_mean, Tensor running_var,
+                                                           std::optional<Tensor> running_mean,
+                                                           std::optional<Tensor> running_var,
                                                            bool training, double momentum,
-                                                           double eps) {
+                                                           double eps, std::string /*group_name*/,
+                                                           int64_t group_size) {
   static constexpr const char* op = "batch_norm_relu_forward";
   const NoGrad no_grad;
   Argument{op, "x", x}
@@ -105,6 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(Tensor x, Tensor weig
   const Parameter beta(op, "bias", bias, channels);
   RunningStatistic mean_running(op, "running_mean", running_mean, channels, training);
   RunningStatistic var_running(op, "running_var", running_var, channels, training);
+  check_alone(op, group_size);
 
   Tensor y = empty_nhwc(x, x.size(0), channels, x.size(2), x.size(3));
   Tensor mean = empty_vector(x, channels, ScalarType::Float);
@@ -140,7 +147,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(Tensor x, Tensor weig
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(Tensor grad, Tensor x, Tensor weight,
                                                             Tensor bias, Tensor mean, Tensor rstd,
-                                                            bool training) {
+                                                            bool training, bool affine,
+                                                            std::string /*group_name*/,
+                                                            int64_t group_size) {
   static constexpr const char* op = "batch_norm_relu_backward";
   const NoGrad no_grad;
   Argument{op, "x", x}
@@ -155,17 +164,19 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(Tensor grad, Tensor 
   const SavedStatistics saved(op, mean, rstd, channels);
   const Parameter gamma(op, "weight", weight, channels);
   const Parameter beta(op, "bias", bias, channels);
+  check_alone(op, group_size);
 
   Tensor dx = empty_nhwc(x, x.size(0), channels, x.size(2), x.size(3));
-  Tensor dweight = empty_vector(x, channels, ScalarType::Float);
-  Tensor dbias = empty_vector(x, channels, ScalarType::Float);
+  const bool needs_sums = training || affine;
+  Tensor dweight = empty_vector(x, needs_sums ? channels : 0, ScalarType::Float);
+  Tensor dbias = empty_vector(x, needs_sums ? channels : 0, ScalarType::Float);
   const Tensor input = by_pixels(x);
   const Tensor gradient = by_pixels(grad);
-  batch_norm_relu_backward_pixels(
-      Pixels(gradient), Pixels(input), Pixels(dx), x.scalar_type(), saved.from(0), {gamma, beta},
-      training, static_cast<float*>(dbias.data_ptr()), static_cast<float*>(dweight.data_ptr()));
-  return {dx, torch::stable::to(dweight, weight.scalar_type()),
-          torch::stable::to(dbias, bias.scalar_type())};
+  batch_norm_relu_backward_pixels(Pixels(gradient), Pixels(input), Pixels(dx), x.scalar_type(),
+                                  saved.from(0), {gamma, beta}, training,
+                                  needs_sums ? static_cast<float*>(dbias.data_ptr()) : nullptr,
+                                  needs_sums ? static_cast<float*>(dweight.data_ptr()) : nullptr);
+  return {dx, vector_gradient(dweight, weight, affine), vector_gradient(dbias, bias, affine)};
 }
 
 }  // namespace

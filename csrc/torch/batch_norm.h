@@ -20,7 +20,8 @@ void batch_norm_statistics_pixels(const Pixels& x, ScalarType dtype, float* mean
 void batch_norm_relu_apply_pixels(const Pixels& x, const Pixels& y, ScalarType dtype,
                                   const Statistics& statistics, const BatchNorm& bn);
 
-// sum_dy and sum_dy_xhat, [C] each, are the gradients of bias and weight; dx of x.
+// sum_dy and sum_dy_xhat, [C] each, are the gradients of bias and weight, and nullptr where neither
+// these nor, in training, dx need them; dx of x.
 void batch_norm_relu_backward_pixels(const Pixels& grad, const Pixels& x, const Pixels& dx,
                                      ScalarType dtype, const Statistics& statistics,
                                      const BatchNorm& bn, bool training, float* sum_dy,

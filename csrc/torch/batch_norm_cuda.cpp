@@ -1,6 +1,8 @@
 // Batch normalisation + ReLU, on CUDA.
 #ifdef INCEPTION_EXT_CUDA_VERSION
 
+#include <optional>
+#include <string>
 #include <tuple>
 
 #include "kernels/batch_norm.h"
@@ -9,6 +11,9 @@
 #include "torch/kernel_params.h"
 #include "torch/library.h"
 #include "torch/no_grad.h"
+#include "torch/process_group.h"
+#include "torch/shared_statistics.h"
+#include "torch/train_blocks.h"
 
 namespace inception_ext {
 namespace {
@@ -21,9 +26,11 @@ Tensor empty_floats(const Tensor& like, std::initializer_list<int64_t> size) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(Tensor x, Tensor weight, Tensor bias,
-                                                           Tensor running_mean, Tensor running_var,
+                                                           std::optional<Tensor> running_mean,
+                                                           std::optional<Tensor> running_var,
                                                            bool training, double momentum,
-                                                           double eps) {
+                                                           double eps, std::string group_name,
+                                                           int64_t group_size) {
   static constexpr const char* op = "batch_norm_relu_forward";
   const NoGrad no_grad;
   check_cuda_activation({op, "x", x});
@@ -33,6 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(Tensor x, Tensor weig
   RunningStatistic mean_running(op, "running_mean", running_mean, channels, training,
                                 /*cuda=*/true);
   RunningStatistic var_running(op, "running_var", running_var, channels, training, /*cuda=*/true);
+  const ProcessGroup group(op, group_name, group_size, training);
 
   const Tensor y = empty_nhwc(x, x.size(0), channels, x.size(2), x.size(3));
   const Tensor mean = empty_floats(x, {channels}), rstd = empty_floats(x, {channels});
@@ -42,8 +50,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(Tensor x, Tensor weig
   const auto c = static_cast<int32_t>(channels);
 
   const int32_t tiles = training ? kernels::batch_norm_chunks(from.count, channels) : 1;
-  const Tensor tile_mean = training ? empty_floats(x, {tiles, channels}) : mean_running.tensor();
-  const Tensor tile_m2 = training ? empty_floats(x, {tiles, channels}) : var_running.tensor();
+  const Tensor tile_mean = training ? empty_floats(x, {tiles, channels}) : *mean_running.tensor();
+  const Tensor tile_m2 = training ? empty_floats(x, {tiles, channels}) : *var_running.tensor();
   const kernels::BatchNormTileStatisticsParams statistics{.x = from.data,
                                                           .x_stride = from.stride,
                                                           .pixels = from.count,
@@ -83,15 +91,15 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(Tensor x, Tensor weig
                    .gamma = gamma.data(),
                    .beta = beta.data()};
 
+  const SharedStatistics shared(group, x, channels);
   std::vector<Operand> operands = {{"x", input, Use::kRead},
                                    {"weight", gamma.tensor(), Use::kRead},
                                    {"bias", beta.tensor(), Use::kRead},
                                    {"y", y, Use::kWrite},
                                    {"mean", mean, Use::kWrite},
                                    {"rstd", rstd, Use::kWrite}};
-  const Use running = training ? Use::kUpdate : Use::kRead;
-  operands.push_back({"running_mean", mean_running.tensor(), running});
-  operands.push_back({"running_var", var_running.tensor(), running});
+  add_running(operands, mean_running, var_running, training);
+  shared.add_to(operands);
   if (training) {
     operands.push_back({"tile_mean", tile_mean, Use::kScratch});
     operands.push_back({"tile_m2", tile_m2, Use::kScratch});
@@ -99,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(Tensor x, Tensor weig
   launch_kernels(op, operands, [&](cudaStream_t stream) {
     cudaError_t error = cudaSuccess;
     if (training) error = kernels::batch_norm_tile_statistics(statistics, stream);
-    if (error == cudaSuccess) error = kernels::batch_norm_finalize(finalize, stream);
+    if (error == cudaSuccess) error = shared.finalize(finalize, stream);
     if (error == cudaSuccess) error = kernels::batch_norm_relu_apply(apply, stream);
     return error;
   });
@@ -112,7 +120,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(Tensor x, Tensor weig
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(Tensor grad, Tensor x, Tensor weight,
                                                             Tensor bias, Tensor mean, Tensor rstd,
-                                                            bool training) {
+                                                            bool training, bool affine,
+                                                            std::string group_name,
+                                                            int64_t group_size) {
   static constexpr const char* op = "batch_norm_relu_backward";
   const NoGrad no_grad;
   check_cuda_activation({op, "x", x});
@@ -124,12 +134,15 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(Tensor grad, Tensor 
   const SavedStatistics saved(op, mean, rstd, channels);
   const Parameter gamma(op, "weight", weight, channels, /*cuda=*/true);
   const Parameter beta(op, "bias", bias, channels, /*cuda=*/true);
+  const ProcessGroup group(op, group_name, group_size, training);
 
   const Tensor dx = empty_nhwc(x, x.size(0), channels, x.size(2), x.size(3));
-  const Tensor dweight = empty_floats(x, {channels}), dbias = empty_floats(x, {channels});
+  const bool needs_sums = training || affine;
+  const int64_t sums = needs_sums ? channels : 0;
+  const Tensor dweight = empty_floats(x, {sums}), dbias = empty_floats(x, {sums});
   const Tensor input = by_pixels(x), gradient = by_pixels(grad);
   const Pixels from(input), dy(gradient), to(dx);
-  const int32_t chunks = kernels::batch_norm_chunks(from.count, channels);
+  const int32_t chunks = needs_sums ? kernels::batch_norm_chunks(from.count, channels) : 0;
   const Tensor partials = empty_floats(x, {chunks, 2, channels});
   kernels::BatchNormReluBackwardParams params{.items = 1,
                                               .chunks = chunks,
@@ -149,27 +162,26 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(Tensor grad, Tensor 
                     .gamma = gamma.data(),
                     .beta = beta.data(),
                     .partials = floats(partials),
-                    .dgamma = floats(dweight),
-                    .dbeta = floats(dbias)};
-  launch_kernels(
-      op,
-      {{"x", input, Use::kRead},
-       {"grad", gradient, Use::kRead},
-       {"weight", gamma.tensor(), Use::kRead},
-       {"bias", beta.tensor(), Use::kRead},
-       {"mean", saved.mean(), Use::kRead},
-       {"rstd", saved.rstd(), Use::kRead},
-       {"partials", partials, Use::kScratch},
-       {"dx", dx, Use::kWrite},
-       {"dweight", dweight, Use::kWrite},
-       {"dbias", dbias, Use::kWrite}},
-      [&](cudaStream_t stream) {
-        const cudaError_t error = kernels::batch_norm_relu_backward_reduce(params, stream);
-        return error == cudaSuccess ? kernels::batch_norm_relu_backward_apply(params, stream)
-                                    : error;
-      });
-  return {dx, torch::stable::to(dweight, weight.scalar_type()),
-          torch::stable::to(dbias, bias.scalar_type())};
+                    .dgamma = needs_sums ? floats(dweight) : nullptr,
+                    .dbeta = needs_sums ? floats(dbias) : nullptr};
+  const SharedSums shared(group, x, channels, from.count);
+  std::vector<Operand> operands = {{"x", input, Use::kRead},
+                                   {"grad", gradient, Use::kRead},
+                                   {"weight", gamma.tensor(), Use::kRead},
+                                   {"bias", beta.tensor(), Use::kRead},
+                                   {"mean", saved.mean(), Use::kRead},
+                                   {"rstd", saved.rstd(), Use::kRead},
+                                   {"partials", partials, Use::kScratch},
+                                   {"dx", dx, Use::kWrite},
+                                   {"dweight", dweight, Use::kWrite},
+                                   {"dbias", dbias, Use::kWrite}};
+  shared.add_to(operands);
+  launch_kernels(op, operands, [&](cudaStream_t stream) {
+    cudaError_t error = cudaSuccess;
+    if (needs_sums) error = kernels::batch_norm_relu_backward_reduce(params, stream);
+    return error == cudaSuccess ? shared.apply(params, {dbias, dweight}, stream) : error;
+  });
+  return {dx, vector_gradient(dweight, weight, affine), vector_gradient(dbias, bias, affine)};
 }
 
 }  // namespace

@@ -76,10 +76,6 @@ struct Chain {
   ImageSize output{0, 0, 0};  // of y
   kernels::PoolWindow pool_window{};
 
-  static std::string element(const char* list, int i) {
-    return std::string(list) + '[' + std::to_string(i) + ']';
-  }
-
  private:
   void check_length(const char* op, const char* name, size_t got) const {
     if (got != static_cast<size_t>(length)) {
@@ -122,7 +118,7 @@ inline std::vector<Parameter> chain_parameters(const char* op, const char* name,
   }
   std::vector<Parameter> result;
   for (int i = 0; i < chain.length; ++i) {
-    result.emplace_back(op, Chain::element(name, i).c_str(), tensors[i], chain.channels[i],
+    result.emplace_back(op, element(name, i).c_str(), tensors[i], chain.channels[i],
                         /*cuda=*/true);
   }
   return result;

@@ -1,15 +1,18 @@
 // The backward of conv_chain_forward: a launch that packs weights for the data gradients, then of
 // each convolution, from the last to the first, the sums of its batch norm, the gradient of its raw
 // output, the gradient of its input, and that of its weight. A max pool's gradient is gathered
-// where the batch norm reads it.
+// where the batch norm reads it. A group of processes that shares its statistics adds up the sums.
 #ifdef INCEPTION_EXT_CUDA_VERSION
 
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "torch/conv_chain.h"
 #include "torch/cuda_launch.h"
 #include "torch/library.h"
+#include "torch/process_group.h"
+#include "torch/shared_statistics.h"
 
 namespace inception_ext {
 namespace {
@@ -28,7 +31,7 @@ Result conv_chain_backward(Tensor grad, Tensor x, std::vector<Tensor> conv_weigh
                            Tensor raw2, Tensor argmax, Tensor mean, Tensor rstd,
                            std::vector<int64_t> strides, std::vector<int64_t> paddings,
                            std::vector<int64_t> pool, bool training, std::vector<bool> needs,
-                           bool exact) {
+                           bool exact, bool affine, std::string group_name, int64_t group_size) {
   const Chain chain(kOp, x, conv_weights, strides, paddings, pool);
   const ScalarType dtype = x.scalar_type();
   const int last = chain.length - 1;
@@ -40,7 +43,7 @@ Result conv_chain_backward(Tensor grad, Tensor x, std::vector<Tensor> conv_weigh
   const auto needs_input = [&](int i) -> bool { return i > 0 || needs[0]; };
   for (int i = 0; i < chain.length; ++i) {
     if (needs_input(i) && chain.window[i].stride != 1) {
-      fail(kOp, Chain::element("strides", i).c_str(), "expected 1 where the input needs a gradient",
+      fail(kOp, element("strides", i).c_str(), "expected 1 where the input needs a gradient",
            ", got ", chain.window[i].stride);
     }
   }
@@ -63,6 +66,8 @@ Result conv_chain_backward(Tensor grad, Tensor x, std::vector<Tensor> conv_weigh
         .has_shape({chain.output.n, chain.channels[last], chain.output.h, chain.output.w})
         .has_dtype({ScalarType::Byte});
   }
+  const ProcessGroup group(kOp, group_name, group_size, training);
+  const bool needs_sums = training || affine;  // of the batch norms
   const auto gammas = chain_parameters(kOp, "weights", weights, chain);
   const auto betas = chain_parameters(kOp, "biases", biases, chain);
   const SavedStatistics statistics(kOp, mean, rstd, chain.statistics_size);
@@ -85,6 +90,7 @@ Result conv_chain_backward(Tensor grad, Tensor x, std::vector<Tensor> conv_weigh
   packing.filter[packing.filters++] = zeros_of(counters, static_cast<int64_t>(x.element_size()));
 
   std::vector<Tensor> raw_grad, input_grad, packed, partials, dweight, dbias, conv_weight_grad;
+  std::vector<SharedSums> shared;
   std::vector<int32_t> chunks;
   for (int i = 0; i < chain.length; ++i) {
     const ImageSize &from = chain.input_of(i), &to = chain.output_of(i);
@@ -101,10 +107,11 @@ Result conv_chain_backward(Tensor grad, Tensor x, std::vector<Tensor> conv_weigh
     } else {
       packed.push_back(none());
     }
-    chunks.push_back(kernels::batch_norm_chunks(to.pixels(), chain.channels[i]));
+    shared.emplace_back(group, x, chain.channels[i], to.pixels());
+    chunks.push_back(needs_sums ? kernels::batch_norm_chunks(to.pixels(), chain.channels[i]) : 0);
     partials.push_back(floats(int64_t{chunks[i]} * 2 * chain.channels[i]));
-    dweight.push_back(floats(chain.channels[i]));
-    dbias.push_back(floats(chain.channels[i]));
+    dweight.push_back(floats(needs_sums ? chain.channels[i] : 0));
+    dbias.push_back(floats(needs_sums ? chain.channels[i] : 0));
     conv_weight_grad.push_back(needs_weight(i) ? empty_like_weight(weight) : none());
   }
 
@@ -170,13 +177,16 @@ Result conv_chain_backward(Tensor grad, Tensor x, std::vector<Tensor> conv_weigh
     operands.push_back({"dw", conv_weight_grad[i], Use::kWrite});
     operands.push_back({"dgamma", dweight[i], Use::kWrite});
     operands.push_back({"dbeta", dbias[i], Use::kWrite});
+    shared[i].add_to(operands);
   }
   launch_kernels(kOp, operands, [&](cudaStream_t stream) {
     cudaError_t error = kernels::pack_dgrad_weights(packing, stream);
     for (int i = last; i >= 0; --i) {
       const auto norms = batch_norm(i);
-      if (error == cudaSuccess) error = kernels::batch_norm_relu_backward_reduce(norms, stream);
-      if (error == cudaSuccess) error = kernels::batch_norm_relu_backward_apply(norms, stream);
+      if (error == cudaSuccess && needs_sums) {
+        error = kernels::batch_norm_relu_backward_reduce(norms, stream);
+      }
+      if (error == cudaSuccess) error = shared[i].apply(norms, {dbias[i], dweight[i]}, stream);
       if (error == cudaSuccess && needs_input(i)) error = kernels::conv_train(dgrad(i), stream);
       if (error == cudaSuccess && needs_weight(i)) error = kernels::conv_wgrad(wgrad(i), stream);
     }
@@ -184,8 +194,8 @@ Result conv_chain_backward(Tensor grad, Tensor x, std::vector<Tensor> conv_weigh
   });
   std::vector<Tensor> weight_grads, bias_grads;
   for (int i = 0; i < chain.length; ++i) {
-    weight_grads.push_back(torch::stable::to(dweight[i], weights[i].scalar_type()));
-    bias_grads.push_back(torch::stable::to(dbias[i], biases[i].scalar_type()));
+    weight_grads.push_back(vector_gradient(dweight[i], weights[i], affine));
+    bias_grads.push_back(vector_gradient(dbias[i], biases[i], affine));
   }
   return {input_grad[0], conv_weight_grad, weight_grads, bias_grads};
 }

@@ -1,33 +1,24 @@
 // Convolution + batch norm + ReLU, once or twice, and a max pool: the stem in training. A launch
 // for each convolution (which leaves statistics), one that turns these into mean and rstd, and one
 // at the end that applies the last batch norm, with ReLU and pool. A second convolution reads the
-// first one's raw output, with batch norm and ReLU on load.
+// first one's raw output, with batch norm and ReLU on load. A group of processes that shares its
+// statistics has one launch more behind each convolution.
 #ifdef INCEPTION_EXT_CUDA_VERSION
 
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "torch/conv_chain.h"
 #include "torch/cuda_launch.h"
 #include "torch/library.h"
+#include "torch/process_group.h"
+#include "torch/shared_statistics.h"
 
 namespace inception_ext {
 namespace {
 
 constexpr const char* kOp = "conv_chain_forward";
-
-std::vector<RunningStatistic> running(const char* name, const std::vector<Tensor>& tensors,
-                                      const Chain& chain, bool training) {
-  if (tensors.size() != chain.channels.size()) {
-    fail(kOp, name, "expected ", chain.length, " tensors, got ", tensors.size());
-  }
-  std::vector<RunningStatistic> result;
-  for (int i = 0; i < chain.length; ++i) {
-    result.emplace_back(kOp, Chain::element(name, i).c_str(), tensors[i], chain.channels[i],
-                        training, /*cuda=*/true);
-  }
-  return result;
-}
 
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -35,14 +26,18 @@ Result conv_chain_forward(Tensor x, std::vector<Tensor> conv_weights, std::vecto
                           std::vector<Tensor> biases, std::vector<Tensor> running_means,
                           std::vector<Tensor> running_vars, std::vector<int64_t> strides,
                           std::vector<int64_t> paddings, std::vector<int64_t> pool, bool training,
-                          double momentum, double eps, bool save, bool exact) {
+                          double momentum, double eps, bool save, bool exact,
+                          std::string group_name, int64_t group_size) {
   const Chain chain(kOp, x, conv_weights, strides, paddings, pool);
   const ScalarType dtype = x.scalar_type();
   const Tensor input = by_pixels(x);
   const auto gammas = chain_parameters(kOp, "weights", weights, chain);
   const auto betas = chain_parameters(kOp, "biases", biases, chain);
-  auto means = running("running_means", running_means, chain, training);
-  auto vars = running("running_vars", running_vars, chain, training);
+  auto means = running_statistics(kOp, "running_means", running_means, chain.channels, training,
+                                  /*cuda=*/true);
+  auto vars = running_statistics(kOp, "running_vars", running_vars, chain.channels, training,
+                                 /*cuda=*/true);
+  const ProcessGroup group(kOp, group_name, group_size, training);
   const FilterMatrices filters(conv_weights, x);
 
   const auto image = [&](const ImageSize& size, int64_t channels, ScalarType type) {
@@ -56,9 +51,11 @@ Result conv_chain_forward(Tensor x, std::vector<Tensor> conv_weights, std::vecto
   };
   Tensor mean = floats(chain.statistics_size), rstd = floats(chain.statistics_size);
   std::vector<Tensor> raw, tile_mean, tile_m2;
+  std::vector<SharedStatistics> shared;
   std::vector<kernels::ConvTrainParams> convolutions;
   for (int i = 0; i < chain.length; ++i) {
     raw.push_back(image(chain.output_of(i), chain.channels[i], dtype));
+    shared.emplace_back(group, x, chain.channels[i]);
     const int64_t tiles = training ? most_tiles(chain.output_of(i).pixels()) : 0;
     tile_mean.push_back(floats(tiles * chain.channels[i]));
     tile_m2.push_back(floats(tiles * chain.channels[i]));
@@ -91,7 +88,7 @@ Result conv_chain_forward(Tensor x, std::vector<Tensor> conv_weights, std::vecto
     item.rstd = norm_of(i, mean, rstd).rstd;
     item.momentum = static_cast<float>(momentum);
     item.eps = static_cast<float>(eps);
-    return kernels::batch_norm_finalize(params, stream);
+    return shared[i].finalize(params, stream);
   };
   const auto apply = [&](cudaStream_t stream) {
     const BatchNormVectors norm = norm_of(last, mean, rstd);
@@ -136,8 +133,8 @@ Result conv_chain_forward(Tensor x, std::vector<Tensor> conv_weights, std::vecto
     operands.push_back({"tile_m2", tile_m2[i], Use::kScratch});
     operands.push_back({"gamma", gammas[i].tensor(), Use::kRead});
     operands.push_back({"beta", betas[i].tensor(), Use::kRead});
-    operands.push_back({"running_mean", means[i].tensor(), Use::kUpdate});
-    operands.push_back({"running_var", vars[i].tensor(), Use::kUpdate});
+    add_running(operands, means[i], vars[i], training);
+    shared[i].add_to(operands);
   }
   launch_kernels(kOp, operands, [&](cudaStream_t stream) {
     cudaError_t error = filters.pack(stream);

@@ -111,15 +111,19 @@ ForwardResult inception_forward(Tensor x, std::vector<Tensor> conv_weights,
                                 std::vector<Tensor> weights, std::vector<Tensor> biases,
                                 std::vector<Tensor> running_means, std::vector<Tensor> running_vars,
                                 bool training, double momentum, double eps, bool save,
-                                bool /*exact*/) {
+                                bool /*exact*/, std::string /*group_name*/, int64_t group_size) {
   static constexpr const char* op = "inception_forward";
   const NoGrad no_grad;
   const Layout layout(op, x, conv_weights, /*cuda=*/false);
   Forward forward(x, layout, parameters(op, "weights", weights, layout),
                   parameters(op, "biases", biases, layout),
-                  running_statistics(op, "running_means", running_means, layout, training),
-                  running_statistics(op, "running_vars", running_vars, layout, training), training,
-                  momentum, eps);
+                  running_statistics(op, "running_means", running_means, layout.channels, training,
+                                     /*cuda=*/false),
+                  running_statistics(op, "running_vars", running_vars, layout.channels, training,
+                                     /*cuda=*/false),
+                  training, momentum, eps);
+
+  check_alone(op, group_size);
 
   const int64_t n = x.size(0), h = x.size(2), w = x.size(3);
   const ScalarType dtype = x.scalar_type();
@@ -193,7 +197,8 @@ BackwardResult inception_backward(Tensor grad, Tensor x, std::vector<Tensor> con
                                   Tensor raw_1x1, Tensor raw_3x3, Tensor raw_5x5, Tensor raw_pool,
                                   Tensor reduced_3x3, Tensor reduced_5x5, Tensor pooled,
                                   Tensor argmax, Tensor mean, Tensor rstd, bool training,
-                                  std::vector<bool> needs, bool /*exact*/) {
+                                  std::vector<bool> needs, bool /*exact*/, bool affine,
+                                  std::string /*group_name*/, int64_t group_size) {
   static constexpr const char* op = "inception_backward";
   const NoGrad no_grad;
   const Layout layout(op, x, conv_weights, /*cuda=*/false);
@@ -216,6 +221,7 @@ BackwardResult inception_backward(Tensor grad, Tensor x, std::vector<Tensor> con
   check_saved("pooled", pooled, x.size(1), dtype);
   check_saved("argmax", argmax, x.size(1), ScalarType::Byte);
   const SavedStatistics statistics(op, mean, rstd, layout.statistics_size);
+  check_alone(op, group_size);
   if (needs.size() != 1 + kConvs) fail(op, "needs", "expected 7 values, got ", needs.size());
   const bool needs_x = needs[0];
   const auto needs_weight = [&](Conv conv) { return needs[1 + conv]; };
@@ -225,14 +231,16 @@ BackwardResult inception_backward(Tensor grad, Tensor x, std::vector<Tensor> con
   std::vector<Tensor> conv_weight_grads(kConvs), weight_grads(kConvs), bias_grads(kConvs);
   // Gradient through ReLU and batch norm of `conv`, from slice `dy` into slice `dx`.
   const auto batch_norm = [&](Conv conv, const Pixels& dy, const Pixels& raw, const Pixels& dx) {
-    Tensor weight_grad = empty_vector(x, layout.channels[conv], ScalarType::Float);
-    Tensor bias_grad = empty_vector(x, layout.channels[conv], ScalarType::Float);
-    batch_norm_relu_backward_pixels(dy, raw, dx, dtype, statistics.from(layout.statistics[conv]),
-                                    {gammas[conv], betas[conv]}, training,
-                                    static_cast<float*>(bias_grad.data_ptr()),
-                                    static_cast<float*>(weight_grad.data_ptr()));
-    weight_grads[conv] = torch::stable::to(weight_grad, weights[conv].scalar_type());
-    bias_grads[conv] = torch::stable::to(bias_grad, biases[conv].scalar_type());
+    const bool needs_sums = training || affine;
+    const int64_t size = needs_sums ? layout.channels[conv] : 0;
+    Tensor weight_grad = empty_vector(x, size, ScalarType::Float);
+    Tensor bias_grad = empty_vector(x, size, ScalarType::Float);
+    batch_norm_relu_backward_pixels(
+        dy, raw, dx, dtype, statistics.from(layout.statistics[conv]), {gammas[conv], betas[conv]},
+        training, needs_sums ? static_cast<float*>(bias_grad.data_ptr()) : nullptr,
+        needs_sums ? static_cast<float*>(weight_grad.data_ptr()) : nullptr);
+    weight_grads[conv] = vector_gradient(weight_grad, weights[conv], affine);
+    bias_grads[conv] = vector_gradient(bias_grad, biases[conv], affine);
   };
 
   const Tensor gradient = by_pixels(grad);

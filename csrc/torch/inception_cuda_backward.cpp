@@ -8,16 +8,20 @@
 //   8  dx: through the three 1x1 filters as one, plus the gathered gradient of the max pool
 //   9  gradients of the 1x1 filters
 //
-// What nobody needs is left out.
+// What nobody needs is left out. Where a group of processes shares its statistics, 3 and 7 are two
+// launches each, and between them the processes add up one vector.
 #ifdef INCEPTION_EXT_CUDA_VERSION
 
 #include <array>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "torch/cuda_launch.h"
 #include "torch/inception_layout.h"
 #include "torch/library.h"
+#include "torch/process_group.h"
+#include "torch/shared_statistics.h"
 #include "torch/train_blocks.h"
 
 namespace inception_ext {
@@ -32,12 +36,14 @@ class Backward {
   Backward(const Tensor& grad, const Tensor& x, const std::vector<Tensor>& conv_weights,
            const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
            const std::array<Tensor, kConvs>& raw_tensors, const Tensor& argmax, const Tensor& mean,
-           const Tensor& rstd, bool training, const std::vector<bool>& needs, bool exact)
+           const Tensor& rstd, bool training, const std::vector<bool>& needs, bool exact,
+           bool affine, const ProcessGroup& group)
       : layout_(kOp, x, conv_weights, /*cuda=*/true),
         size_(kOp, x),
         dtype_(x.scalar_type()),
         training_(training),
         exact_(exact),
+        affine_(affine),
         x_(by_pixels(x)),
         grad_(by_pixels(grad)),
         argmax_(torch::stable::contiguous(argmax, MemoryFormat::ChannelsLast)),
@@ -45,7 +51,10 @@ class Backward {
         gammas_(parameters(kOp, "weights", weights, layout_)),
         betas_(parameters(kOp, "biases", biases, layout_)),
         statistics_(kOp, mean, rstd, layout_.statistics_size),
-        needs_(needs) {
+        needs_(needs),
+        first_(group, x, layout_.output_channels, size_.pixels()),
+        second_(group, x, layout_.channels[kReduce3x3] + layout_.channels[kReduce5x5],
+                size_.pixels()) {
     check(grad, raw_tensors);
     for (int conv = 0; conv < kConvs; ++conv) raw_[conv] = by_pixels(raw_tensors[conv]);
     merged_grad_ = activation(layout_.merged_channels);
@@ -58,12 +67,14 @@ class Backward {
     pooled_grad_ = needs_x() ? activation(x.size(1)) : empty_vector(x, 0, dtype_);
     dx_ = needs_x() ? activation(x.size(1)) : empty_vector(x, 0, dtype_);
     for (int conv = 0; conv < kConvs; ++conv) {
-      dweight_[conv] = floats(layout_.channels[conv]);
-      dbias_[conv] = floats(layout_.channels[conv]);
+      dweight_[conv] = floats(needs_sums() ? layout_.channels[conv] : 0);
+      dbias_[conv] = floats(needs_sums() ? layout_.channels[conv] : 0);
       conv_weight_grad_[conv] =
           needs_weight(conv) ? empty_like_weight(conv_weights[conv]) : empty_vector(x, 0, dtype_);
     }
-    chunks_ = kernels::batch_norm_chunks(size_.pixels(), layout_.output_channels);
+    if (needs_sums()) {
+      chunks_ = kernels::batch_norm_chunks(size_.pixels(), layout_.output_channels);
+    }
     partials_ = floats(int64_t{chunks_} * 2 * layout_.statistics_size);
     counters_ = empty_vector(x, kernels::kConvCounterBytes, ScalarType::Byte);
     sums_ = empty_vector(x, kernels::kConvPartialBytes, ScalarType::Byte);
@@ -74,8 +85,8 @@ class Backward {
     launch_kernels(kOp, operands(), [&](cudaStream_t stream) { return launch(stream); });
     std::vector<Tensor> weight_grads, bias_grads;
     for (int conv = 0; conv < kConvs; ++conv) {
-      weight_grads.push_back(torch::stable::to(dweight_[conv], weights[conv].scalar_type()));
-      bias_grads.push_back(torch::stable::to(dbias_[conv], biases[conv].scalar_type()));
+      weight_grads.push_back(vector_gradient(dweight_[conv], weights[conv], affine_));
+      bias_grads.push_back(vector_gradient(dbias_[conv], biases[conv], affine_));
     }
     return {dx_,
             {conv_weight_grad_.begin(), conv_weight_grad_.end()},
@@ -90,6 +101,8 @@ class Backward {
   static Conv reduce_of(Conv conv) { return conv == kConv3x3 ? kReduce3x3 : kReduce5x5; }
   bool needs_x() const { return needs_[0]; }
   bool needs_weight(int conv) const { return needs_[1 + conv]; }
+  // Whether anything depends on the sums of the batch norms.
+  bool needs_sums() const { return training_ || affine_; }
 
   Tensor activation(int64_t channels) const {
     return empty_nhwc(x_, size_.n, channels, size_.h, size_.w);
@@ -166,10 +179,14 @@ class Backward {
     cudaError_t error = kernels::pack_dgrad_weights(packing_, stream);
     for (const auto& convs : {std::vector<Conv>{kBranch1, kConv3x3, kConv5x5, kPoolProjection},
                               std::vector<Conv>{kReduce3x3, kReduce5x5}}) {
-      const auto norms = batch_norms(convs);
-      if (error == cudaSuccess) error = kernels::batch_norm_relu_backward_reduce(norms, stream);
-      if (error == cudaSuccess) error = kernels::batch_norm_relu_backward_apply(norms, stream);
       const bool is_second = convs.front() == kReduce3x3;
+      const auto norms = batch_norms(convs);
+      if (error == cudaSuccess && needs_sums()) {
+        error = kernels::batch_norm_relu_backward_reduce(norms, stream);
+      }
+      if (error == cudaSuccess) {
+        error = (is_second ? second_ : first_).apply(norms, sums_of(convs), stream);
+      }
       const auto dgrad = is_second ? dgrad_to_x() : dgrad_to_reduced();
       if (error == cudaSuccess && dgrad.problems > 0) error = kernels::conv_train(dgrad, stream);
       const auto wgrad = is_second ? wgrad_of_1x1() : wgrad_of_reduced();
@@ -197,6 +214,12 @@ class Backward {
                         dweight_[conv], dbias_[conv]);
     }
     return params;
+  }
+
+  std::vector<Tensor> sums_of(const std::vector<Conv>& convs) const {
+    std::vector<Tensor> sums;
+    for (Conv conv : convs) sums.insert(sums.end(), {dbias_[conv], dweight_[conv]});
+    return sums;
   }
 
   kernels::ConvTrainParams conv_params() const {
@@ -303,18 +326,21 @@ class Backward {
       all.push_back({"packed", packed_[kPoolProjection], Use::kScratch});
       all.push_back({"packed", packed_[kBranch1], Use::kScratch});
     }
+    first_.add_to(all);
+    second_.add_to(all);
     return all;
   }
 
   const Layout layout_;
   const ImageSize size_;
   const ScalarType dtype_;
-  const bool training_, exact_;
+  const bool training_, exact_, affine_;
   const Tensor x_, grad_, argmax_;
   const std::vector<Tensor>& conv_weights_;
   const std::vector<Parameter> gammas_, betas_;
   const SavedStatistics statistics_;
   const std::vector<bool>& needs_;
+  const SharedSums first_, second_;      // of the two stages
   std::array<Tensor, kConvs> raw_;       // [kBranch1]: of all that is merged
   std::array<Tensor, kConvs> raw_grad_;  // of what is not merged
   std::array<Tensor, kConvs> reduced_grad_;
@@ -330,11 +356,13 @@ Result inception_backward(Tensor grad, Tensor x, std::vector<Tensor> conv_weight
                           std::vector<Tensor> weights, std::vector<Tensor> biases, Tensor raw_1x1,
                           Tensor raw_3x3, Tensor raw_5x5, Tensor raw_pool, Tensor /*reduced_3x3*/,
                           Tensor /*reduced_5x5*/, Tensor /*pooled*/, Tensor argmax, Tensor mean,
-                          Tensor rstd, bool training, std::vector<bool> needs, bool exact) {
+                          Tensor rstd, bool training, std::vector<bool> needs, bool exact,
+                          bool affine, std::string group_name, int64_t group_size) {
+  const ProcessGroup group(kOp, group_name, group_size, training);
   // In the order of Conv; the merged convolution stands for its three.
   const std::array<Tensor, kConvs> raw{raw_1x1, raw_1x1, raw_3x3, raw_1x1, raw_5x5, raw_pool};
   return Backward(grad, x, conv_weights, weights, biases, raw, argmax, mean, rstd, training, needs,
-                  exact)
+                  exact, affine, group)
       .run(weights, biases);
 }
 

@@ -7,16 +7,20 @@
 //   5  out = ReLU of the batch norms of all four branches
 //
 // and one before them where weights have to be packed or cast. In evaluation mode 2 and 4 turn
-// running statistics into mean and rstd.
+// running statistics into mean and rstd. Where a group of processes shares its statistics, 2 and 4
+// are two launches each, and between them the processes exchange one vector.
 #ifdef INCEPTION_EXT_CUDA_VERSION
 
 #include <array>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "torch/cuda_launch.h"
 #include "torch/inception_layout.h"
 #include "torch/library.h"
+#include "torch/process_group.h"
+#include "torch/shared_statistics.h"
 #include "torch/train_blocks.h"
 
 namespace inception_ext {
@@ -30,15 +34,19 @@ using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 Result inception_forward(Tensor x, std::vector<Tensor> conv_weights, std::vector<Tensor> weights,
                          std::vector<Tensor> biases, std::vector<Tensor> running_means,
                          std::vector<Tensor> running_vars, bool training, double momentum,
-                         double eps, bool save, bool exact) {
+                         double eps, bool save, bool exact, std::string group_name,
+                         int64_t group_size) {
   const Layout layout(kOp, x, conv_weights, /*cuda=*/true);
   const ImageSize size(kOp, x);
   const ScalarType dtype = x.scalar_type();
   const Tensor input = by_pixels(x);
   const auto gammas = parameters(kOp, "weights", weights, layout);
   const auto betas = parameters(kOp, "biases", biases, layout);
-  auto means = running_statistics(kOp, "running_means", running_means, layout, training);
-  auto vars = running_statistics(kOp, "running_vars", running_vars, layout, training);
+  auto means = running_statistics(kOp, "running_means", running_means, layout.channels, training,
+                                  /*cuda=*/true);
+  auto vars = running_statistics(kOp, "running_vars", running_vars, layout.channels, training,
+                                 /*cuda=*/true);
+  const ProcessGroup group(kOp, group_name, group_size, training);
   const FilterMatrices filters(conv_weights, x);
 
   const auto activation = [&](int64_t channels) {
@@ -104,7 +112,12 @@ Result inception_forward(Tensor x, std::vector<Tensor> conv_weights, std::vector
   }
 
   // Of the batch norms behind one launch, whose tiles have `rows` pixels.
-  const auto finalize = [&](std::initializer_list<Conv> convs, int32_t rows, cudaStream_t stream) {
+  const SharedStatistics behind_x(group, x,
+                                  layout.merged_channels + layout.channels[kPoolProjection]);
+  const SharedStatistics behind_reduced(group, x,
+                                        layout.channels[kConv3x3] + layout.channels[kConv5x5]);
+  const auto finalize = [&](const SharedStatistics& shared, std::initializer_list<Conv> convs,
+                            int32_t rows, cudaStream_t stream) {
     kernels::BatchNormFinalizeParams params{};
     for (Conv conv : convs) {
       const bool is_merged = conv == kBranch1 || conv == kReduce3x3 || conv == kReduce5x5;
@@ -123,7 +136,7 @@ Result inception_forward(Tensor x, std::vector<Tensor> conv_weights, std::vector
       item.momentum = static_cast<float>(momentum);
       item.eps = static_cast<float>(eps);
     }
-    return kernels::batch_norm_finalize(params, stream);
+    return shared.finalize(params, stream);
   };
 
   kernels::BatchNormReluApplyParams apply{
@@ -144,9 +157,10 @@ Result inception_forward(Tensor x, std::vector<Tensor> conv_weights, std::vector
   for (int conv = 0; conv < kConvs; ++conv) {
     operands.push_back({"gamma", gammas[conv].tensor(), Use::kRead});
     operands.push_back({"beta", betas[conv].tensor(), Use::kRead});
-    operands.push_back({"running_mean", means[conv].tensor(), Use::kUpdate});
-    operands.push_back({"running_var", vars[conv].tensor(), Use::kUpdate});
+    add_running(operands, means[conv], vars[conv], training);
   }
+  behind_x.add_to(operands);
+  behind_reduced.add_to(operands);
   launch_kernels(kOp, operands, [&](cudaStream_t stream) {
     int32_t rows_of_x = 0, rows_of_reduced = 0;
     cudaError_t error = kernels::conv_train_rows(reading_x, &rows_of_x);
@@ -154,10 +168,13 @@ Result inception_forward(Tensor x, std::vector<Tensor> conv_weights, std::vector
     if (error == cudaSuccess) error = filters.pack(stream);
     if (error == cudaSuccess) error = kernels::conv_train(reading_x, stream);
     if (error == cudaSuccess) {
-      error = finalize({kBranch1, kReduce3x3, kReduce5x5, kPoolProjection}, rows_of_x, stream);
+      error = finalize(behind_x, {kBranch1, kReduce3x3, kReduce5x5, kPoolProjection}, rows_of_x,
+                       stream);
     }
     if (error == cudaSuccess) error = kernels::conv_train(reading_reduced, stream);
-    if (error == cudaSuccess) error = finalize({kConv3x3, kConv5x5}, rows_of_reduced, stream);
+    if (error == cudaSuccess) {
+      error = finalize(behind_reduced, {kConv3x3, kConv5x5}, rows_of_reduced, stream);
+    }
     if (error == cudaSuccess) error = kernels::batch_norm_relu_apply(apply, stream);
     return error;
   });

@@ -18,11 +18,6 @@ constexpr std::array<Conv, 3> kMerged = {kBranch1, kReduce3x3, kReduce5x5};
 constexpr std::array<Conv, kConvs> kStatisticsOrder = {kBranch1, kReduce3x3, kReduce5x5,
                                                        kConv3x3, kConv5x5,   kPoolProjection};
 
-// What messages call an element of a list.
-inline std::string element(const char* list, int index) {
-  return std::string(list) + '[' + std::to_string(index) + ']';
-}
-
 // Channel counts and offsets of one module, read off its conv_weights [K, C, R, R].
 struct Layout {
   // cuda: which kernels it is for; those take float16 too, and float32 weights of 16-bit
@@ -88,19 +83,6 @@ inline std::vector<Parameter> parameters(const char* op, const char* name,
   for (int conv = 0; conv < kConvs; ++conv) {
     result.emplace_back(op, element(name, conv).c_str(), tensors[conv], layout.channels[conv],
                         layout.cuda);
-  }
-  return result;
-}
-
-// Running means or variances of the six batch norms.
-inline std::vector<RunningStatistic> running_statistics(const char* op, const char* name,
-                                                        const std::vector<Tensor>& tensors,
-                                                        const Layout& layout, bool training) {
-  if (tensors.size() != kConvs) fail(op, name, "expected 6 tensors, got ", tensors.size());
-  std::vector<RunningStatistic> result;
-  for (int conv = 0; conv < kConvs; ++conv) {
-    result.emplace_back(op, element(name, conv).c_str(), tensors[conv], layout.channels[conv],
-                        training, layout.cuda);
   }
   return result;
 }

@@ -1,5 +1,9 @@
 // Every op's schema on one screen. The implementations register themselves in their own files.
 // Tensor(a!) marks what an op writes to. All images are [N, C, H, W], channels_last inside.
+//
+// Batch norms: an empty list of running statistics, or None, is for training without. `affine`:
+// whether weights and biases need gradients, which are [0] each otherwise. group_name, group_size:
+// the process group whose processes share their statistics in training (CUDA only); 1: none does.
 #include "torch/library.h"
 
 STABLE_TORCH_LIBRARY(INCEPTION_EXT_OPS, m) {
@@ -20,13 +24,14 @@ STABLE_TORCH_LIBRARY(INCEPTION_EXT_OPS, m) {
 
   // -> y, mean [C], rstd [C]
   m.def(
-      "batch_norm_relu_forward(Tensor x, Tensor weight, Tensor bias, Tensor(a!) running_mean, "
-      "Tensor(b!) running_var, bool training, float momentum, float eps) "
-      "-> (Tensor, Tensor, Tensor)");
+      "batch_norm_relu_forward(Tensor x, Tensor weight, Tensor bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, bool training, float momentum, float eps, str group_name='', "
+      "int group_size=1) -> (Tensor, Tensor, Tensor)");
   // -> gradients of x, weight, bias
   m.def(
       "batch_norm_relu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, "
-      "Tensor rstd, bool training) -> (Tensor, Tensor, Tensor)");
+      "Tensor rstd, bool training, bool affine=True, str group_name='', int group_size=1) "
+      "-> (Tensor, Tensor, Tensor)");
 
   // Six convolutions in module order: branch1, branch2.0, branch2.1, branch3.0, branch3.1,
   // branch4.1. exact: CUDA multiplies float32 as such and not as TF32. -> out, then what the
@@ -35,16 +40,15 @@ STABLE_TORCH_LIBRARY(INCEPTION_EXT_OPS, m) {
   m.def(
       "inception_forward(Tensor x, Tensor[] conv_weights, Tensor[] weights, Tensor[] biases, "
       "Tensor(a!)[] running_means, Tensor(b!)[] running_vars, bool training, float momentum, "
-      "float eps, bool save, bool exact=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
-      "Tensor, Tensor, "
-      "Tensor, Tensor, Tensor)");
+      "float eps, bool save, bool exact=True, str group_name='', int group_size=1) -> (Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // needs: x, then the six conv_weights -> gradients of x, conv_weights, weights, biases
   m.def(
       "inception_backward(Tensor grad, Tensor x, Tensor[] conv_weights, Tensor[] weights, "
       "Tensor[] biases, Tensor raw_1x1, Tensor raw_3x3, Tensor raw_5x5, Tensor raw_pool, "
       "Tensor reduced_3x3, Tensor reduced_5x5, Tensor pooled, Tensor argmax, Tensor mean, "
-      "Tensor rstd, bool training, bool[] needs, bool exact=True) -> (Tensor, Tensor[], Tensor[], "
-      "Tensor[])");
+      "Tensor rstd, bool training, bool[] needs, bool exact=True, bool affine=True, "
+      "str group_name='', int group_size=1) -> (Tensor, Tensor[], Tensor[], Tensor[])");
 
   // Weight gradients of up to 8 convolutions in one launch. Of problem i: grads[i] [N, K, P, Q] T;
   // x[i] [N, C, H, W] T, on load max pooled (3x3, stride 1, padding 1) where pools[i], or batch
@@ -63,20 +67,29 @@ STABLE_TORCH_LIBRARY(INCEPTION_EXT_OPS, m) {
   m.def(
       "conv_chain_forward(Tensor x, Tensor[] conv_weights, Tensor[] weights, Tensor[] biases, "
       "Tensor(a!)[] running_means, Tensor(b!)[] running_vars, int[] strides, int[] paddings, "
-      "int[] pool, bool training, float momentum, float eps, bool save, bool exact=True) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int[] pool, bool training, float momentum, float eps, bool save, bool exact=True, "
+      "str group_name='', int group_size=1) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // needs: x (stride 1 only), then the conv_weights -> gradients of x, conv_weights, weights,
   // biases
   m.def(
       "conv_chain_backward(Tensor grad, Tensor x, Tensor[] conv_weights, Tensor[] weights, "
       "Tensor[] biases, Tensor raw1, Tensor raw2, Tensor argmax, Tensor mean, Tensor rstd, "
-      "int[] strides, int[] paddings, int[] pool, bool training, bool[] needs, bool exact=True) "
+      "int[] strides, int[] paddings, int[] pool, bool training, bool[] needs, bool exact=True, "
+      "bool affine=True, str group_name='', int group_size=1) "
       "-> (Tensor, Tensor[], Tensor[], Tensor[])");
 
   // Convolution 3x3, stride 1, padding 1, float32, on the CPU: weight [K, C, 3, 3] -> channels_last
   m.def("conv3x3_forward(Tensor x, Tensor weight) -> Tensor");
   // needs: x, weight -> their gradients, [0] where not needed
   m.def("conv3x3_backward(Tensor grad, Tensor x, Tensor weight, bool[] needs) -> (Tensor, Tensor)");
+
+  // What the processes of a group exchange; implemented in Python (_process_group.py), and called
+  // by the ops above. 0: there is no such group
+  m.def("process_group_size(str group_name) -> int");
+  // x [n] of every process, in the order of ranks -> all [size, n]
+  m.def("gather_over_group(Tensor x, str group_name, Tensor(a!) all) -> ()");
+  // parts, [n] altogether, one behind the other and added up over all processes -> sums [n]
+  m.def("sum_over_group(Tensor[] parts, str group_name, Tensor(a!) sums) -> ()");
 
   // Inference: all write into tensors of the caller, who can plan their memory. T is float16,
   // bfloat16 or float32; x and the outputs are channels_last, or channel slices of such. exact:

@@ -8,7 +8,13 @@
 #ifdef INCEPTION_EXT_EMULATE
 #define INCEPTION_EXT_OPS inception_ext_emulated
 #define INCEPTION_EXT_CUDA_KEY CPU
+namespace inception_ext {
+inline constexpr const char* kNamespace = "inception_ext_emulated";
+}
 #else
 #define INCEPTION_EXT_OPS inception_ext
 #define INCEPTION_EXT_CUDA_KEY CUDA
+namespace inception_ext {
+inline constexpr const char* kNamespace = "inception_ext";
+}
 #endif

@@ -175,6 +175,14 @@ inline kernels::BatchNormFinalizeItem tiles_item(const Pixels& raw, kernels::DTy
   return item;
 }
 
+// The running statistics of a batch norm, where it has some.
+inline void add_running(std::vector<Operand>& operands, const RunningStatistic& mean,
+                        const RunningStatistic& var, bool training) {
+  const Use use = training ? Use::kUpdate : Use::kRead;
+  if (mean.tensor()) operands.push_back({"running_mean", *mean.tensor(), use});
+  if (var.tensor()) operands.push_back({"running_var", *var.tensor(), use});
+}
+
 // Rows of tile statistics to make room for.
 inline int64_t most_tiles(int64_t pixels) {
   return (pixels + kernels::kLeastConvTrainRows - 1) / kernels::kLeastConvTrainRows;
@@ -193,6 +201,7 @@ inline kernels::BatchNormReluItem apply_item(const Pixels& raw, const Pixels& y,
           .beta = bn.beta};
 }
 
+// dgamma, dbeta [C], or [0]: not needed.
 inline kernels::BatchNormReluBackwardItem backward_item(const Pixels& raw, const Pixels& dy,
                                                         const Pixels& dx,
                                                         const BatchNormVectors& bn, float* partials,
@@ -210,8 +219,8 @@ inline kernels::BatchNormReluBackwardItem backward_item(const Pixels& raw, const
           .gamma = bn.gamma,
           .beta = bn.beta,
           .partials = partials,
-          .dgamma = static_cast<float*>(dgamma.data_ptr()),
-          .dbeta = static_cast<float*>(dbeta.data_ptr())};
+          .dgamma = dgamma.numel() ? static_cast<float*>(dgamma.data_ptr()) : nullptr,
+          .dbeta = dbeta.numel() ? static_cast<float*>(dbeta.data_ptr()) : nullptr};
 }
 
 // A filter without values for pack_weights: sets the counters of conv_wgrad to 0, and it leaves

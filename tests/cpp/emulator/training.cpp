@@ -91,6 +91,7 @@ void fill(const py::dict& fields, BatchNormFinalizeItem& to) {
   INCEPTION_EXT_READ(dtype);
   INCEPTION_EXT_READ(tile_m2);
   INCEPTION_EXT_READ(tile_pixels);
+  INCEPTION_EXT_READ(tile_pixels_stride);
   INCEPTION_EXT_READ(tile_stride);
   INCEPTION_EXT_READ(pixels);
   INCEPTION_EXT_READ(rows_per_tile);
@@ -99,6 +100,7 @@ void fill(const py::dict& fields, BatchNormFinalizeItem& to) {
   INCEPTION_EXT_READ(mean);
   INCEPTION_EXT_READ(m2);
   INCEPTION_EXT_READ(rstd);
+  INCEPTION_EXT_READ(count);
   INCEPTION_EXT_READ(running_mean);
   INCEPTION_EXT_READ(running_var);
   INCEPTION_EXT_READ(momentum);
