@@ -248,7 +248,8 @@ def _batch_norm_relu_backward_fake(
     group_name: str = "",
     group_size: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _nhwc(x, *x.shape), *_vector_gradients([weight, bias], affine)
+    dweight, dbias = _vector_gradients([weight, bias], affine)
+    return _nhwc(x, *x.shape), dweight, dbias
 
 
 def _vector_gradients(vectors: list[Tensor], affine: bool) -> list[Tensor]:

@@ -27,7 +27,7 @@ def group_of(bn: nn.Module) -> Group:
     """With whom a batch norm shares its statistics, by the rules of ``nn.SyncBatchNorm``."""
     if type(bn) is not nn.SyncBatchNorm or not bn.training or not _is_distributed():
         return ALONE
-    process_group = bn.process_group or dist.group.WORLD
+    process_group: Any = bn.process_group or dist.group.WORLD
     size = dist.get_world_size(process_group)
     return Group(process_group.group_name, size) if size > 1 else ALONE
 
@@ -36,7 +36,8 @@ def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _resolve(name: str) -> Any:
+def _resolve(name: Any) -> Any:
+    """The process group of this name."""
     return dist.distributed_c10d._resolve_process_group(name)
 
 

@@ -122,7 +122,10 @@ def _batch_norm_relu(bn: Any, x: Tensor) -> Tensor:
         return F.relu(bn(x))  # not in place: backward hooks on bn forbid it, forward hooks keep x
     batch = _start_batch([bn])
     assert batch is not None  # one alone counts as it does
-    return functional.batch_norm_relu(x, *(v[0] for v in batch.vectors), *batch.settings)
+    weights, biases, means, variances = batch.vectors
+    return functional.batch_norm_relu(
+        x, weights[0], biases[0], means[0], variances[0], *batch.settings
+    )
 
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
