@@ -23,7 +23,7 @@ from inception_ext._gate import (
 )
 from inception_ext._layers import has_square_window, max_pool, pool_window
 
-__all__ = ["ConvReLU", "conv_relu_chain", "conv_relu_inception"]
+__all__ = ["ConvReLU", "conv_relu_chain", "conv_relu_inception", "fuses_on_cuda"]
 
 
 class ConvReLU(nn.Module):
@@ -84,10 +84,26 @@ def conv_relu_inception(blocks: Sequence[Any], x: Tensor) -> Tensor | None:
     if not _kernels_take(blocks, x) or x.dtype != _compute_dtype(x):
         return None
     convs = [block.conv for block in blocks]
-    if any(conv.stride[0] != 1 or conv.padding[0] != conv.kernel_size[0] // 2 for conv in convs):
+    if not all(_keeps_size(conv) for conv in convs):
         return None
     weights = [conv.weight for conv in convs]
     return functional.inception(x, weights, *_batch_norms(convs), False, 0.0, 0.0)
+
+
+def fuses_on_cuda(blocks: Sequence[Any]) -> bool:
+    """Whether :func:`conv_relu_inception` takes blocks where x and their parameters suit it."""
+    return all(
+        _why_block_reference(block) is None
+        and why_module_reference(block.conv, nn.Conv2d) is None
+        and block.conv.bias is not None
+        and has_square_window(block.conv)
+        and _keeps_size(block.conv)
+        for block in blocks
+    )
+
+
+def _keeps_size(conv: Any) -> bool:
+    return conv.stride[0] == 1 and conv.padding[0] == conv.kernel_size[0] // 2
 
 
 def _why_block_reference(block: Any) -> str | None:

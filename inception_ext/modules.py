@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inception_ext import functional
-from inception_ext._conv_relu import conv_relu_inception
+from inception_ext._conv_relu import conv_relu_inception, fuses_on_cuda
 from inception_ext._gate import (
     runs_on_cpu,
     why_conv3x3_reference,
@@ -275,7 +275,10 @@ class Inception(nn.Module):
             return _inception(self, x)
 
     def extra_repr(self) -> str:
-        reason = why_unavailable() or why_block_reference(self)
+        reason = why_unavailable() or why_branches_reference(self)
+        if reason is None and fuses_on_cuda(_conv_blocks(self)):
+            return "fused on CUDA"
+        reason = reason or why_block_reference(self)
         return "fused" if reason is None else f"not fused: {reason}"
 
 

@@ -257,7 +257,9 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_modules_of_the_paper_do_not_run_as_one(change):
     module = conv_relu_module()
+    assert "fused on CUDA" in repr(module)
     CHANGES[change](module)
+    assert "not fused: " in repr(module)
     state = copy.deepcopy(module.state_dict())
     x = randn(2, 16, 7, 6)
     with emulated() as launches:
