@@ -114,7 +114,7 @@ def test_products_issued(math, multiprocessors):
 @needs_emulator
 def test_pooled_pixels_are_read_once():
     """Through the ring, the halo rows above and below aside."""
-    case = Wgrad(64, 16, 28, 28, 4, prologue="pool")
+    case = Wgrad(64, 16, 28, 28, 2, prologue="pool")
     with kernels_on("emulator", multiprocessors=1) as launches:
         check([case], "float16", "emulator")
     pixels = case.n * case.h * case.w

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from fast_path import generator
+from kernel_devices import exact_products
 from torch import Tensor, nn
 
 import inception_ext
@@ -175,7 +176,7 @@ def test_on_the_cuda_kernels(model, images):
     for conv in (twin.conv1, twin.conv2, twin.conv3):  # called as they are, between the launches
         conv.register_forward_hook(lambda *_: None)
     threshold = middle_threshold(model, images)
-    with emulated(checks=False, counting=False):
+    with exact_products(), emulated(checks=False, counting=False):
         engine = freeze(twin, early_exit=threshold)
         assert type(engine._network.parts[1]).__name__ == "FusedNetwork"
         got = engine(images)

@@ -2,11 +2,11 @@
 
 Rounding errors are to differ in size alone. So each channel is active or is not, wherever one
 looks: no rounding error decides a ReLU. It may still decide a max pool, which moves gradients by
-more than all other errors together, on either side; of several seeds the median tells.
+more than all other errors together, on either side: several seeds are judged together, and after
+ten steps, when that has spread, all parameters, statistics and outputs of a seed are as well.
 """
 
 import copy
-from statistics import median
 
 import pytest
 import torch
@@ -123,10 +123,11 @@ def test_ten_steps(device, dtype):
         for step, results in exact.items():
             sides = [errors_of(side[step], results, names) for side in (ours, eager)]
             for name in results:
-                errors.setdefault((step, name), []).append((sides[0][name], sides[1][name]))
+                key = (step, name if step == 1 else "all")
+                errors.setdefault(key, []).append((sides[0][name], sides[1][name]))
     floor = (
         BLOCK_NOISE_FLOOR if dtype == torch.float32 else NOISE_FLOOR_EPS * torch.finfo(dtype).eps
     )
     for (step, name), pairs in errors.items():
-        of_ours, of_eager = (median(side) for side in zip(*pairs, strict=True))
+        of_ours, of_eager = torch.tensor(pairs).square().mean(0).sqrt().tolist()
         assert of_ours <= 2 * of_eager + floor, f"{name} after {step} steps: {pairs}"

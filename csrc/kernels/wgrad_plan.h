@@ -18,7 +18,7 @@ namespace inception_ext::kernels {
 // lays its sums aside in the memory of the partial sums, and begins again at 0. Those of the
 // largest tile, which is for tensor cores, leave no registers for that: its splits are no longer
 // than that.
-constexpr int32_t kTensorChainSteps = 128;  // 4096 pixels, 2048 of float
+constexpr int32_t kTensorChainSteps = 64;  // 2048 pixels, 1024 of float
 constexpr int32_t kScalarChainPixels = 512;
 
 INCEPTION_EXT_HOST_DEVICE constexpr bool lays_aside(const TileShape& shape) {
