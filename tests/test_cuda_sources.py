@@ -137,7 +137,7 @@ def test_ptxas_report():
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90a", "sm_120"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_120"])
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
 def test_kernels_neither_spill_nor_use_local_memory(source, architecture):
     text = build_report(source)
