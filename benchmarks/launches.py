@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from inception_ext import reference
-from inception_ext._library import INFERENCE_OPS
+from inception_ext._fake_kernels import INFERENCE_OPS
 
 __all__ = ["Catch", "Check", "Launch", "check", "describe", "flops", "touched_bytes"]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from inception_ext import _frozen, _gate
 from inception_ext._frozen import Convolution, Frozen, Inception, Pool, Step, run_in_slices
 from inception_ext._plan import CONVOLUTION, INCEPTION, POOL, pool_sizes
+from inception_ext._windows import pair
 
 __all__ = ["FrozenCpu", "winograd_weight"]
 
@@ -84,8 +85,7 @@ def _is_known(step: Step) -> bool:
 def _window(pool: Any) -> list[int] | None:
     """Kernel, stride, padding of a max pool, each as height and width; None: not for the op."""
     kernel, stride, padding, dilation = (
-        _gate.pair(v) or [0, 0]
-        for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+        pair(v) or [0, 0] for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
     )
     if pool.return_indices or dilation != [1, 1] or kernel[0] * kernel[1] > 255:
         return None

@@ -15,11 +15,11 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from inception_ext import _library
 from inception_ext._process_group import ALONE, Group
+from inception_ext._windows import output_size, pair
 
 __all__ = [
     "PLAIN_TYPES",
     "needs_grad",
-    "pair",
     "runs_on_cpu",
     "use_kernels",
     "why_aux_pool_reference",
@@ -168,15 +168,6 @@ def needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def pair(value: int | Sequence[int]) -> list[int] | None:
-    """[height, width], or None for what is neither a number nor two."""
-    if isinstance(value, int):
-        return [value, value]
-    if not isinstance(value, list | tuple) or not all(isinstance(v, int) for v in value):
-        return None
-    return {1: [*value, *value], 2: [*value]}.get(len(value))
-
-
 def why_conv3x3_reference(x: Tensor, weight: Tensor) -> str | None:
     """As :func:`why_reference`, for :func:`inception_ext.functional.conv3x3`."""
     if (reason := why_reference(x)) is not None:
@@ -281,7 +272,7 @@ def why_no_chain_kernel(
             return "no kernel for this convolution"
         if i > 0 and stride != 1:
             return "a second convolution with stride"
-        size = [(s + 2 * padding - kernel) // stride + 1 for s in size]
+        size = [output_size(s, kernel, stride, padding) for s in size]
         pixels = x.shape[0] * size[0] * size[1]
         if min(size) < 1 or (training and pixels == 1 and group.size == 1):
             return "an output too small"  # the reference words the error

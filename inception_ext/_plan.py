@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from inception_ext import _library
+from inception_ext._windows import output_size
 
 __all__ = ["CONVOLUTION", "INCEPTION", "POOL", "pool_sizes"]
 
@@ -27,9 +28,7 @@ Shape = tuple[Any, Any, Any]  # channels, height, width
 def pool_sizes(size: Sequence[Any], window: Sequence[int], ceil_mode: bool) -> tuple[Any, Any]:
     """Height and width of a max pool's output; window: kernel h, w, stride h, w, padding h, w."""
     kernel, stride, padding = window[:2], window[2:4], window[4:]
-    h, w = (
-        _library.pool_size(size[i], kernel[i], stride[i], padding[i], ceil_mode) for i in (0, 1)
-    )
+    h, w = (output_size(size[i], kernel[i], stride[i], padding[i], ceil_mode) for i in (0, 1))
     return h, w
 
 
@@ -66,7 +65,7 @@ class _Walk:
         if has_winograd:
             next(self._weights)
         h, w = (
-            (size + 2 * window[2 + axis] - kernel[axis]) // window[axis] + 1
+            output_size(size, kernel[axis], window[axis], window[2 + axis])
             for axis, size in enumerate(shape[1:])
         )
         self.macs += k * c * kernel[0] * kernel[1] * h * w

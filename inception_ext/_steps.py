@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inception_ext._images import Images
 from inception_ext._launches import Launcher
-from inception_ext._library import pool_size
+from inception_ext._windows import output_size
 
 __all__ = [
     "LRN",
@@ -69,7 +69,7 @@ def _launch_group(
 def _pool_sizes(x: Tensor, pool: "MaxPool", sizes: Sequence[Any] | None = None) -> list[Any]:
     """Output height and width of a pool over x, or over another height and width."""
     found = [
-        pool_size(size, pool.kernel_size[i], pool.stride[i], pool.padding[i], pool.ceil_mode)
+        output_size(size, pool.kernel_size[i], pool.stride[i], pool.padding[i], pool.ceil_mode)
         for i, size in enumerate(sizes or x.shape[2:])
     ]
     for size in found:

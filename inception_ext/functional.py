@@ -15,7 +15,6 @@ from inception_ext import _library, _weightless, autograd, reference
 from inception_ext._gate import (
     PLAIN_TYPES,
     needs_grad,
-    pair,
     runs_on_cpu,
     use_kernels,
     why_aux_pool_reference,
@@ -31,6 +30,7 @@ from inception_ext._gate import (
 from inception_ext._launches import Exact, Launcher
 from inception_ext._process_group import ALONE, Group
 from inception_ext._steps import FoldedInception
+from inception_ext._windows import pair
 
 __all__ = [
     "aux_pool",

@@ -11,6 +11,7 @@ import torch
 
 import inception_ext
 from inception_ext import _library
+from inception_ext._architectures import covering_architecture
 from inception_ext._console import CommandError, Progress, require
 from inception_ext.cli import _cuda, demo, info, main
 
@@ -118,7 +119,7 @@ def test_info_with_a_device_that_the_binary_does_not_cover(monkeypatch):
     ],
 )
 def test_covering_architecture(architectures, capability, expected):
-    assert _library.covering_architecture(architectures, capability) == expected
+    assert covering_architecture(architectures, capability) == expected
 
 
 def test_devices_of_a_torch_without_cuda_come_from_the_driver(monkeypatch):

@@ -1178,11 +1178,11 @@ def test_a_binary_that_does_not_load(case, unbuilt):
 def test_a_binary_of_other_sources(case, unbuilt):
     """One that lacks an op, as after a pull without a build."""
     shutil.copy(_library._C.__file__, unbuilt / "inception_ext")
-    library = unbuilt / "inception_ext" / "_library.py"
-    sources = library.read_text()
+    fakes = unbuilt / "inception_ext" / "_fake_kernels.py"
+    sources = fakes.read_text()
     newer = sources.replace('("max_pool_forward",', '("a_new_op",')
     assert newer != sources
-    library.write_text(newer)
+    fakes.write_text(newer)
     code = RUN_A_BLOCK + "assert len(ours) == 1\nprint(_library.load_error())\n"
     result = run_python(code, unbuilt, CASE=case)
     assert result.code == 0, result.err

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from inception_ext import _gate, _library
+from inception_ext._architectures import covering_architecture
 from inception_ext._console import say
 from inception_ext.cli import _cuda
 
@@ -45,9 +46,7 @@ def collect() -> dict[str, Any]:
     }
     devices = _cuda.devices()
     for device in devices:
-        device["runs"] = _library.covering_architecture(
-            binary["architectures"], device["capability"]
-        )
+        device["runs"] = covering_architecture(binary["architectures"], device["capability"])
     return {
         "version": _version(),
         "python": platform.python_version(),
