@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inception_ext import functional
+from inception_ext._autocast import compute_dtype
 from inception_ext._gate import (
     PLAIN_TYPES,
     runs_on_cpu,
@@ -21,7 +22,7 @@ from inception_ext._gate import (
     why_no_chain_kernel,
     why_no_kernel,
 )
-from inception_ext._layers import has_square_window, max_pool, pool_window
+from inception_ext._layers import has_square_window, keeps_size, max_pool, pool_window
 
 __all__ = ["ConvReLU", "conv_relu_chain", "conv_relu_inception", "fuses_on_cuda"]
 
@@ -81,10 +82,10 @@ def conv_relu_inception(blocks: Sequence[Any], x: Tensor) -> Tensor | None:
     if any(_why_block_reference(block) is not None for block in blocks):
         return None
     # Where autocast would cast x, the pool would come before that.
-    if not _kernels_take(blocks, x) or x.dtype != _compute_dtype(x):
+    if not _kernels_take(blocks, x) or x.dtype != compute_dtype(x):
         return None
     convs = [block.conv for block in blocks]
-    if not all(_keeps_size(conv) for conv in convs):
+    if not all(keeps_size(conv) for conv in convs):
         return None
     weights = [conv.weight for conv in convs]
     return functional.inception(x, weights, *_batch_norms(convs), False, 0.0, 0.0)
@@ -97,13 +98,9 @@ def fuses_on_cuda(blocks: Sequence[Any]) -> bool:
         and why_module_reference(block.conv, nn.Conv2d) is None
         and block.conv.bias is not None
         and has_square_window(block.conv)
-        and _keeps_size(block.conv)
+        and keeps_size(block.conv)
         for block in blocks
     )
-
-
-def _keeps_size(conv: Any) -> bool:
-    return conv.stride[0] == 1 and conv.padding[0] == conv.kernel_size[0] // 2
 
 
 def _why_block_reference(block: Any) -> str | None:
@@ -113,17 +110,11 @@ def _why_block_reference(block: Any) -> str | None:
     return why_hooked(block)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Of a convolution of x: autocast's, or that of x."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def _kernels_take(blocks: Sequence[Any], x: Tensor) -> bool:
     """Whether convolutions have biases, square windows, and parameters that go with x."""
     if why_no_kernel(x) is not None or runs_on_cpu(x):
         return False
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     dtypes = (dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else (dtype,)
     return all(
         why_module_reference(block.conv, nn.Conv2d) is None

@@ -14,7 +14,7 @@ from inception_ext._gate import (
     why_pool_reference,
 )
 
-__all__ = ["aux_pool", "has_square_window", "lrn", "max_pool", "pool_window"]
+__all__ = ["aux_pool", "has_square_window", "keeps_size", "lrn", "max_pool", "pool_window"]
 
 
 def max_pool(pool: Any, x: Tensor) -> Tensor:
@@ -46,14 +46,22 @@ def pool_window(pool: Any) -> list[int] | None:
 def has_square_window(conv: Any) -> bool:
     """Whether all that matters of an ``nn.Conv2d`` are its parameters, one stride, one padding."""
     return (
-        conv.kernel_size[0] == conv.kernel_size[1]
-        and conv.stride[0] == conv.stride[1]
+        _is_square(conv.kernel_size)
+        and _is_square(conv.stride)
         and conv.dilation == (1, 1)
         and conv.groups == 1
         and conv.padding_mode == "zeros"
-        and not isinstance(conv.padding, str)
-        and conv.padding[0] == conv.padding[1]
+        and _is_square(conv.padding)
     )
+
+
+def _is_square(size: Any) -> bool:
+    return isinstance(size, tuple) and size[0] == size[1]
+
+
+def keeps_size(conv: Any) -> bool:
+    """Whether an ``nn.Conv2d`` with a square window of odd size gives maps as large as x's."""
+    return conv.stride[0] == 1 and conv.padding[0] == conv.kernel_size[0] // 2
 
 
 def lrn(norm: Any, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inception_ext import _library, reference
-from inception_ext.autograd import needs_reference, reference_gradients
+from inception_ext._backward import needs_reference, reference_gradients
 
 __all__ = ["AuxPool", "Lrn", "lrn"]
 

@@ -13,66 +13,10 @@ import torch
 from torch import Tensor
 
 from inception_ext import _library, reference
+from inception_ext._backward import flat, needs_reference, reference_gradients, wanted
 from inception_ext._process_group import ALONE, Group
 
 __all__ = ["BatchNormRelu", "Conv3x3", "ConvChain", "Inception", "MaxPool"]
-
-
-def needs_reference(grad: Tensor) -> bool:
-    """Whether the backward that runs now is to be differentiated or batched, as no op can be."""
-    if torch.compiler.is_compiling():
-        return False
-    functorch = torch._C._functorch
-    return (
-        torch.is_grad_enabled()
-        or functorch.peek_interpreter_stack() is not None
-        or functorch.is_legacy_batchedtensor(grad)  # of is_grads_batched=True
-    )
-
-
-def _wanted(ctx: Any, first: int, count: int) -> list[bool]:
-    """Of the tensors from argument ``first`` on: whether the backward that runs now is to give
-    their gradients.
-
-    Of those that need one, ``torch.autograd.grad`` and ``backward(inputs=...)`` may ask for a part.
-    """
-    needs = list(ctx.needs_input_grad[first : first + count])
-    if torch.compiler.is_compiling():
-        return needs
-    nodes = [node for node, _ in ctx.next_functions[:count]]  # those of the tensors
-    return [need and _is_to_run(node) for need, node in zip(needs, nodes, strict=True)]
-
-
-def _is_to_run(node: Any) -> bool:
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf of torch.autograd.grad
-        return True
-
-
-def _flat(
-    dx: Tensor, lists: Sequence[Sequence[Tensor]], needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """An op's gradients in the order of its tensors; None for those that nobody wants."""
-    gradients = [dx, *(gradient for gradients in lists for gradient in gradients)]
-    return [g if need else None for g, need in zip(gradients, needs, strict=True)]
-
-
-def reference_gradients(
-    function: Callable[..., Tensor], grad: Tensor, inputs: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Gradients of those inputs that need one, differentiable if asked for; None for the others."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Of aliases: where one input was computed from another, that path is not this function's.
-        aliases = [tensor.view_as(tensor) for tensor in inputs]
-        output = function(*aliases)
-    wanted = [alias for alias in aliases if alias.requires_grad]
-    gradients = torch.autograd.grad(
-        output, wanted, grad, create_graph=create_graph, allow_unused=True
-    )
-    found = iter(gradients)
-    return [next(found) if alias.requires_grad else None for alias in aliases]
 
 
 class MaxPool(torch.autograd.Function):
@@ -176,11 +120,14 @@ class BatchNormRelu(torch.autograd.Function):
         gradients: list[Tensor | None]
         if needs_reference(grad):
 
-            def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-                settings = (ctx.training, ctx.eps, ctx.group)
-                return _batch_norm_relu(x, weight, bias, mean, rstd, *settings)
+            def again(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+                if ctx.training:  # by the statistics of the batch anew
+                    settings = (None, None, True, 0.0, ctx.eps, ctx.group)
+                    return reference.batch_norm_relu(x, weight, bias, *settings)
+                statistics = _running(mean, rstd, weight.dtype)
+                return reference.batch_norm_relu(x, weight, bias, *statistics, False, 0.0, 0.0)
 
-            gradients = reference_gradients(function, grad, [x, weight, bias])
+            gradients = reference_gradients(again, grad, [x, weight, bias])
         else:
             gradients = list(
                 _library.ops(grad).batch_norm_relu_backward(
@@ -193,23 +140,9 @@ class BatchNormRelu(torch.autograd.Function):
         )
 
 
-def _batch_norm_relu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    training: bool,
-    eps: float,
-    group: Group,
-) -> Tensor:
-    """The reference with saved statistics: those of the batch anew, or constants."""
-    if training:
-        return reference.batch_norm_relu(x, weight, bias, None, None, True, 0.0, eps, group)
-    # 1 / sqrt(var + 0) is the rstd that was used.
-    return reference.batch_norm_relu(
-        x, weight, bias, mean.to(weight.dtype), (rstd**-2).to(weight.dtype), False, 0.0, 0.0
-    )
+def _running(mean: Tensor, rstd: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The running statistics that give, with eps 0, the mean and rstd that were used."""
+    return mean.to(dtype), (rstd**-2).to(dtype)
 
 
 class Inception(torch.autograd.Function):
@@ -233,98 +166,16 @@ class Inception(torch.autograd.Function):
         x: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        conv_weights, weights, biases = parameters[:6], parameters[6:12], parameters[12:]
-        out, *saved = _library.ops(x).inception_forward(
-            x,
-            conv_weights,
-            weights,
-            biases,
-            running_means,
-            running_vars,
-            training,
-            momentum,
-            eps,
-            True,
-            exact,
-            *group,
-        )
-        ctx.save_for_backward(x, *parameters, *saved)
-        ctx.exact = exact
-        ctx.group = group
-        ctx.training = training
-        ctx.eps = eps
-        return out
+        op = _library.ops(x).inception_forward
+        statistics = (running_means, running_vars)
+        settings = (training, momentum, eps, exact, group)
+        return _with_batch_norms(ctx, op, (), settings, statistics, x, parameters)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors
-        parameters, saved = tensors[:18], tensors[18:]
-        conv_weights, weights, biases = parameters[:6], parameters[6:12], parameters[12:]
-        gradients: list[Tensor | None]
-        if needs_reference(grad):
-            mean, rstd = saved[-2:]
-
-            def function(x: Tensor, *p: Tensor) -> Tensor:
-                lists = ([weight.to(x.dtype) for weight in p[:6]], p[6:12], p[12:])
-                return _inception(x, *lists, mean, rstd, ctx.training, ctx.eps, ctx.group)
-
-            gradients = reference_gradients(function, grad, [x, *parameters])
-        else:
-            needs = _wanted(ctx, 7, 7)  # x, then the convolutions' weights
-            affine = ctx.needs_input_grad[14:]
-            dx, *lists = _library.ops(x).inception_backward(
-                grad,
-                x,
-                conv_weights,
-                weights,
-                biases,
-                *saved,
-                ctx.training,
-                needs,
-                ctx.exact,
-                any(affine),
-                *ctx.group,
-            )
-            gradients = _flat(dx, lists, [*needs, *affine])
-        return *(None,) * 7, *gradients
-
-
-# The op's statistics lie in one vector: the merged 1x1 convolutions first.
-_STATISTICS_ORDER = (0, 1, 3, 2, 4, 5)
-
-
-def _inception(
-    x: Tensor,
-    conv_weights: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    mean: Tensor,
-    rstd: Tensor,
-    training: bool,
-    eps: float,
-    group: Group,
-) -> Tensor:
-    """The reference with saved statistics, see :func:`_batch_norm_relu`."""
-    if training:
-        nothing = [None] * 6
-        return reference.inception(
-            x, conv_weights, weights, biases, nothing, nothing, True, 0.0, eps, group
-        )
-    sizes = [conv_weights[i].shape[0] for i in _STATISTICS_ORDER]
-    means = dict(zip(_STATISTICS_ORDER, mean.split(sizes), strict=True))
-    variances = dict(zip(_STATISTICS_ORDER, (rstd**-2).split(sizes), strict=True))
-    dtype = weights[0].dtype
-    return reference.inception(
-        x,
-        conv_weights,
-        weights,
-        biases,
-        [means[i].to(dtype) for i in range(6)],
-        [variances[i].to(dtype) for i in range(6)],
-        False,
-        0.0,
-        0.0,
-    )
+        op = _library.ops(grad).inception_backward
+        # The op's statistics lie in one vector: the merged 1x1 convolutions first.
+        return _with_batch_norms_backward(ctx, grad, op, reference.inception, (0, 1, 3, 2, 4, 5))
 
 
 class ConvChain(torch.autograd.Function):
@@ -349,73 +200,79 @@ class ConvChain(torch.autograd.Function):
         x: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        lists = _thirds(parameters)
+        op = _library.ops(x).conv_chain_forward
         window = (strides, paddings, pool)
         statistics = (running_means, running_vars)
-        settings = (training, momentum, eps, True, exact, *group)
-        y, *saved = _library.ops(x).conv_chain_forward(x, *lists, *statistics, *window, *settings)
-        ctx.save_for_backward(x, *parameters, *saved)
-        ctx.window = window
-        ctx.settings = (training, eps, exact, group)
-        return y
+        settings = (training, momentum, eps, exact, group)
+        return _with_batch_norms(ctx, op, window, settings, statistics, x, parameters)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors
-        parameters, saved = tensors[:-5], tensors[-5:]
-        training, eps, exact, group = ctx.settings
-        length = len(parameters) // 3
-        gradients: list[Tensor | None]
-        if needs_reference(grad):
-            mean, rstd = saved[-2:]
+        op = _library.ops(grad).conv_chain_backward
+        order = range(ctx.length)
+        return _with_batch_norms_backward(ctx, grad, op, reference.conv_chain, order)
 
-            def function(x: Tensor, *p: Tensor) -> Tensor:
-                window = ctx.window
-                return _conv_chain(x, _thirds(p), (mean, rstd), window, training, eps, group)
 
-            gradients = reference_gradients(function, grad, [x, *parameters])
-        else:
-            needs = _wanted(ctx, 10, 1 + length)  # x, then the convolutions' weights
-            affine = ctx.needs_input_grad[11 + length :]
-            dx, *lists = _library.ops(x).conv_chain_backward(
-                grad,
-                x,
-                *_thirds(parameters),
-                *saved,
-                *ctx.window,
-                training,
-                needs,
-                exact,
-                any(affine),
-                *group,
-            )
-            gradients = _flat(dx, lists, [*needs, *affine])
-        return *(None,) * 10, *gradients
+def _with_batch_norms(
+    ctx: Any,
+    op: Callable[..., Sequence[Tensor]],
+    window: tuple[list[int], ...],
+    settings: tuple[bool, float, float, bool, Group],
+    statistics: tuple[list[Tensor], list[Tensor]],
+    x: Tensor,
+    parameters: Sequence[Tensor],
+) -> Tensor:
+    """Runs the op of convolutions with batch norms, and saves what its backward reads."""
+    training, momentum, eps, exact, group = settings
+    lists = (*_thirds(parameters), *statistics)
+    y, *saved = op(x, *lists, *window, training, momentum, eps, True, exact, *group)
+    ctx.save_for_backward(x, *parameters, *saved)
+    ctx.length = len(parameters) // 3
+    ctx.window = window
+    ctx.settings = (training, eps, exact, group)
+    return y
+
+
+def _with_batch_norms_backward(
+    ctx: Any,
+    grad: Tensor,
+    op: Callable[..., Sequence[Any]],
+    function: Callable[..., Tensor],
+    order: Sequence[int],
+) -> tuple[Tensor | None, ...]:
+    """Of all arguments. ``function``: the reference; order: of its convolutions in the op's mean
+    and rstd."""
+    x, *tensors = ctx.saved_tensors
+    training, eps, exact, group = ctx.settings
+    length, window = ctx.length, ctx.window
+    parameters, saved = tensors[: 3 * length], tensors[3 * length :]
+    first = len(window) + 7  # x, among the arguments
+    gradients: list[Tensor | None]
+    if needs_reference(grad):
+        sizes = [parameters[i].shape[0] for i in order]
+        mean, rstd = (dict(zip(order, vector.split(sizes), strict=True)) for vector in saved[-2:])
+
+        def again(x: Tensor, *p: Tensor) -> Tensor:
+            conv_weights, weights, biases = _thirds(p)
+            lists = ([weight.to(x.dtype) for weight in conv_weights], weights, biases)
+            if training:  # by the statistics of the batch anew
+                nothing = [None] * length
+                return function(x, *lists, nothing, nothing, *window, True, 0.0, eps, group)
+            statistics = [_running(mean[i], rstd[i], weights[i].dtype) for i in range(length)]
+            return function(x, *lists, *zip(*statistics, strict=True), *window, False, 0.0, 0.0)
+
+        gradients = reference_gradients(again, grad, [x, *parameters])
+    else:
+        needs = wanted(ctx, first, 1 + length)  # x, then the convolutions' weights
+        affine = ctx.needs_input_grad[first + 1 + length :]
+        lists = _thirds(parameters)
+        arguments = (*saved, *window, training, needs, exact, any(affine), *group)
+        dx, *parts = op(grad, x, *lists, *arguments)
+        gradients = flat(dx, parts, [*needs, *affine])
+    return *(None,) * first, *gradients
 
 
 def _thirds(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Convolution weights, batch norm weights, batch norm biases."""
     n = len(parameters) // 3
     return list(parameters[:n]), list(parameters[n : 2 * n]), list(parameters[2 * n :])
-
-
-def _conv_chain(
-    x: Tensor,
-    parameters: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
-    statistics: tuple[Tensor, Tensor],
-    window: tuple[Sequence[int], Sequence[int], Sequence[int]],
-    training: bool,
-    eps: float,
-    group: Group,
-) -> Tensor:
-    """The reference with saved mean and rstd, see :func:`_batch_norm_relu`."""
-    conv_weights, weights, biases = parameters
-    filters = [weight.to(x.dtype) for weight in conv_weights]
-    lists = (filters, weights, biases)
-    if training:
-        nothing = [None] * len(filters)
-        return reference.conv_chain(x, *lists, nothing, nothing, *window, True, 0.0, eps, group)
-    sizes, dtype = [weight.shape[0] for weight in filters], weights[0].dtype
-    means = [part.to(dtype) for part in statistics[0].split(sizes)]
-    variances = [part.to(dtype) for part in (statistics[1] ** -2).split(sizes)]
-    return reference.conv_chain(x, *lists, means, variances, *window, False, 0.0, 0.0)

@@ -5,17 +5,24 @@ The kernels are used only where they give what the reference would give; :func:`
 the first reason against them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from inception_ext import _library, _weightless, autograd, reference
+from inception_ext._autocast import cast, cast_weights
+from inception_ext._fits import (
+    chain_fits,
+    folded_inception_fits,
+    has_batch,
+    inception_fits,
+    vectors_fit,
+)
 from inception_ext._gate import (
     PLAIN_TYPES,
     needs_grad,
-    runs_on_cpu,
     use_kernels,
     why_aux_pool_reference,
     why_conv3x3_reference,
@@ -105,8 +112,8 @@ def batch_norm_relu(
     settings = (training, momentum, eps)
     if (
         why_no_kernel(x) is not None
-        or not _has_batch(x, training, group)
-        or not _vectors_fit(x, [[v] for v in vectors], [x.shape[1]], training)
+        or not has_batch(x, training, group)
+        or not vectors_fit(x, [[v] for v in vectors], [x.shape[1]], training)
     ):
         return reference.batch_norm_relu(x, *vectors, *settings, group)
     if needs_grad(x, weight, bias):  # type: ignore[arg-type]
@@ -116,40 +123,6 @@ def batch_norm_relu(
     if training:
         _note_update(running_mean, running_var)
     return y
-
-
-def _has_batch(x: Tensor, training: bool, group: Group) -> bool:
-    """Whether there are kernels for the group, and a variance to compute where one is needed."""
-    if group.size > 1:
-        return not runs_on_cpu(x)
-    n, _, h, w = x.shape
-    return not training or n * h * w > 1
-
-
-def _vectors_fit(
-    x: Tensor,
-    lists: Sequence[Sequence[Tensor | None]],
-    channels: Sequence[int],
-    training: bool,
-) -> bool:
-    """Whether batch norms' vectors go with x; for those that do not, the reference has the error.
-
-    Args:
-        lists: weights, biases, running means and variances; the last two may be None in training.
-        channels: of each batch norm.
-    """
-    if training and all(v is None for vectors in lists[2:] for v in vectors):
-        lists = lists[:2]
-    vectors = [v for vectors in lists for v in vectors]
-    dtype = None if vectors[0] is None else vectors[0].dtype
-    return dtype in (x.dtype, torch.float32) and all(
-        v is not None
-        and type(v) in PLAIN_TYPES
-        and v.dtype == dtype
-        and v.device == x.device
-        and v.shape == (channels[i % len(channels)],)
-        for i, v in enumerate(vectors)
-    )
 
 
 def inception(
@@ -170,42 +143,14 @@ def inception(
     Follows autocast.
     """
     vectors = (weights, biases, running_means, running_vars)
-    for name, tensors in zip(_INCEPTION_LISTS, (conv_weights, *vectors), strict=True):
-        if len(tensors) != 6:
-            raise ValueError(f"inception: {name}: expected 6 tensors, got {len(tensors)}")
-    if why_no_kernel(x) is None and _has_batch(x, training, group):
-        kernels = _autocast(x, conv_weights)
-        exact = Exact.by_torch(x.dtype).convolutions
-        channels = [k.shape[0] for k in kernels]
-        if _convolutions_fit(x, kernels) and _vectors_fit(x, vectors, channels, training):
-            statistics = (_given(running_means), _given(running_vars))
-            if needs_grad(x, *kernels, *weights, *biases):
-                out = autograd.Inception.apply(
-                    training,
-                    momentum,
-                    eps,
-                    exact,
-                    group,
-                    *statistics,
-                    x,
-                    *kernels,
-                    *weights,
-                    *biases,
-                )
-            else:
-                settings = (training, momentum, eps, False, exact, *group)
-                out = _library.ops(x).inception_forward(
-                    x, kernels, weights, biases, *statistics, *settings
-                )[0]
-            if training:
-                _note_update(*running_means, *running_vars)
-            return out
+    _check_lengths("inception", 6, conv_weights, *vectors)
+    if why_no_kernel(x) is None and has_batch(x, training, group):
+        kernels = cast_weights(x, conv_weights)
+        if inception_fits(x, kernels) and vectors_fit(x, vectors, _widths(kernels), training):
+            op = _library.ops(x).inception_forward
+            settings = (training, momentum, eps, group)
+            return _with_batch_norms(autograd.Inception, op, x, kernels, vectors, (), settings)
     return reference.inception(x, conv_weights, *vectors, training, momentum, eps, group)
-
-
-def _given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    """Running statistics as the ops take them: an empty list where there are none."""
-    return [tensor for tensor in tensors if tensor is not None]
 
 
 def conv_chain(
@@ -230,114 +175,60 @@ def conv_chain(
     """
     vectors = (weights, biases, running_means, running_vars)
     window = (list(strides), list(paddings), list(pool))
-    for name, tensors in zip(_INCEPTION_LISTS, (conv_weights, *vectors), strict=True):
-        if len(tensors) != len(strides):
-            raise ValueError(
-                f"conv_chain: {name}: expected {len(strides)} tensors, got {len(tensors)}"
-            )
+    _check_lengths("conv_chain", len(strides), conv_weights, *vectors)
     if why_no_chain_kernel(x, conv_weights, *window, training, group) is None:
-        x = _cast_to_autocast(x)
-        kernels = _autocast(x, conv_weights)
-        exact = Exact.by_torch(x.dtype).convolutions
-        channels = [k.shape[0] for k in kernels]
-        if _chain_fits(x, kernels) and _vectors_fit(x, vectors, channels, training):
-            statistics = (_given(running_means), _given(running_vars))
-            if needs_grad(x, *kernels, *weights, *biases):
-                y = autograd.ConvChain.apply(
-                    *window,
-                    training,
-                    momentum,
-                    eps,
-                    exact,
-                    group,
-                    *statistics,
-                    x,
-                    *kernels,
-                    *weights,
-                    *biases,
-                )
-            else:
-                settings = (training, momentum, eps, False, exact, *group)
-                y = _library.ops(x).conv_chain_forward(
-                    x, kernels, weights, biases, *statistics, *window, *settings
-                )[0]
-            if training:
-                _note_update(*running_means, *running_vars)
-            return y
+        x = cast(x)
+        kernels = cast_weights(x, conv_weights)
+        if chain_fits(x, kernels) and vectors_fit(x, vectors, _widths(kernels), training):
+            op = _library.ops(x).conv_chain_forward
+            settings = (training, momentum, eps, group)
+            return _with_batch_norms(autograd.ConvChain, op, x, kernels, vectors, window, settings)
     return reference.conv_chain(x, conv_weights, *vectors, *window, training, momentum, eps, group)
 
 
-def _chain_fits(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether the convolutions' weights go with x and with one another."""
-    dtype = weights[0].dtype
-    if dtype != x.dtype and not (dtype == torch.float32 and _casts_weights(x)):
-        return False
-    inputs = [x.shape[1], *(weight.shape[0] for weight in weights)]
-    return all(
-        type(weight) in PLAIN_TYPES
-        and weight.dtype == dtype
-        and weight.device == x.device
-        and weight.shape[1] == channels
-        for weight, channels in zip(weights, inputs, strict=False)
-    )
+def _check_lengths(op: str, length: int, *lists: Sequence[Tensor | None]) -> None:
+    names = ("conv_weights", "weights", "biases", "running_means", "running_vars")
+    for name, tensors in zip(names, lists, strict=True):
+        if len(tensors) != length:
+            raise ValueError(f"{op}: {name}: expected {length} tensors, got {len(tensors)}")
 
 
-_INCEPTION_LISTS = ("conv_weights", "weights", "biases", "running_means", "running_vars")
+def _widths(conv_weights: Sequence[Tensor]) -> list[int]:
+    """Output channels of each convolution."""
+    return [weight.shape[0] for weight in conv_weights]
 
 
-def _autocast(x: Tensor, conv_weights: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Weights as autocast would cast a convolution's; then x has to have its dtype already.
-
-    On CUDA, float32 weights stay as they are where x has autocast's dtype: the op casts them.
-    """
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return conv_weights
-    dtype = torch.get_autocast_dtype(device)
-    if _casts_weights(x):
-        return [
-            w if w.dtype in (torch.float32, torch.float64) else w.to(dtype) for w in conv_weights
-        ]
-    # x itself stays as it is: where autocast would cast it, the pool would come before the cast.
-    # float64 is not for autocast to change.
-    return [w if w.dtype == torch.float64 else w.to(dtype) for w in conv_weights]
+# Weights, biases, running means and running variances of batch norms.
+_Vectors = tuple[
+    Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor | None]
+]
 
 
-def _cast_to_autocast(x: Tensor) -> Tensor:
-    """x, of a kernel's dtype, as autocast would cast it for the convolution that comes first."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-
-
-def _casts_weights(x: Tensor) -> bool:
-    """Whether the inception op takes float32 weights for x, because autocast would cast them."""
-    device = x.device.type
-    return (
-        _library.device_type(x) == "cuda"
-        and torch.is_autocast_enabled(device)
-        and x.dtype == torch.get_autocast_dtype(device)
-    )
-
-
-def _convolutions_fit(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether the convolutions' weights go with x and with one another."""
-    if any(weight.dim() != 4 or weight.shape[0] == 0 for weight in weights):
-        return False
-    if 0 in x.shape[1:]:
-        return False
-    sizes = [weight.shape for weight in weights]
-    inputs = (x.shape[1], x.shape[1], sizes[1][0], x.shape[1], sizes[3][0], x.shape[1])
-    kernels = (1, 1, 3, 1, 5 if sizes[4][-1] == 5 else 3, 1)
-    dtype = weights[0].dtype
-    if dtype != x.dtype and not (dtype == torch.float32 and _casts_weights(x)):
-        return False
-    return all(
-        type(weight) in PLAIN_TYPES
-        and weight.dtype == dtype
-        and weight.device == x.device
-        and size[1:] == (c, r, r)
-        for weight, size, c, r in zip(weights, sizes, inputs, kernels, strict=True)
-    )
+def _with_batch_norms(
+    function: type[torch.autograd.Function],
+    op: Callable[..., Sequence[Tensor]],
+    x: Tensor,
+    conv_weights: Sequence[Tensor],
+    vectors: _Vectors,
+    window: tuple[list[int], ...],
+    settings: tuple[bool, float, float, Group],
+) -> Tensor:
+    """Convolutions with batch norms: ``function`` where a gradient is asked for, else its op."""
+    weights, biases, running_means, running_vars = vectors
+    training, momentum, eps, group = settings
+    parameters = (*conv_weights, *weights, *biases)
+    # The ops take an empty list where there are no running statistics.
+    statistics = [[v for v in tensors if v is not None] for tensors in vectors[2:]]
+    exact = Exact.by_torch(x.dtype).convolutions
+    if needs_grad(x, *parameters):
+        arguments = (*window, training, momentum, eps, exact, group, *statistics)
+        y = function.apply(*arguments, x, *parameters)
+    else:
+        lists = (conv_weights, weights, biases, *statistics)
+        y = op(x, *lists, *window, training, momentum, eps, False, exact, *group)[0]
+    if training:
+        _note_update(*running_means, *running_vars)
+    return y
 
 
 def aux_pool(x: Tensor, output_size: int = 4, kernel_size: int = 0, stride: int = 1) -> Tensor:
@@ -387,26 +278,8 @@ def folded_inception(
         why_inference_reference(x, x.dtype) is not None
         or type(x) not in PLAIN_TYPES
         or needs_grad(x, *weights, *biases)
-        or not _folded_fits(x, folded)
+        or not folded_inception_fits(x, folded)
     ):
         return reference.folded_inception(x, weights, biases, widths, branch3_kernel_size)
     with torch.no_grad():
         return folded.run(Launcher(x, x.dtype, Exact.by_torch(x.dtype)), x)
-
-
-def _folded_fits(x: Tensor, folded: FoldedInception) -> bool:
-    """Whether the parameters of a folded module go with x and with one another."""
-    widths, r = list(folded.widths), folded.branch3_kernel_size
-    if x.dim() != 4 or len(widths) != 3 or len(folded.weights) != 4 or len(folded.biases) != 4:
-        return False
-    if min(widths) < 1 or 0 in x.shape[1:] or r not in (1, 3, 5, 7):
-        return False
-    rows = (x.shape[1], 9 * widths[1], r * r * widths[2], x.shape[1])
-    return folded.weights[0].shape[:1] == (sum(widths),) and all(
-        weight.dim() == 2
-        and (weight.dtype, weight.device) == (x.dtype, x.device)
-        and weight.shape[1] == -(-row // 8) * 8
-        and (bias.dtype, bias.device) == (torch.float32, x.device)
-        and bias.shape == weight.shape[:1]
-        for weight, bias, row in zip(folded.weights, folded.biases, rows, strict=True)
-    )

@@ -1,13 +1,20 @@
 """The building blocks of GoogLeNet, with torchvision's constructors, names and state_dict keys."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inception_ext import functional
+from inception_ext._batch_norms import (
+    batch_norm_kind,
+    batch_norm_relu,
+    start_batch,
+    takes_batch,
+    why_batch_norm_reference,
+)
 from inception_ext._conv_relu import conv_relu_inception, fuses_on_cuda
 from inception_ext._gate import (
     runs_on_cpu,
@@ -19,8 +26,8 @@ from inception_ext._gate import (
     why_reference,
     why_unavailable,
 )
-from inception_ext._layers import aux_pool, has_square_window, max_pool, pool_window
-from inception_ext._process_group import Group, group_of
+from inception_ext._layers import aux_pool, has_square_window, keeps_size, max_pool, pool_window
+from inception_ext._process_group import group_of
 
 __all__ = ["BasicConv2d", "Inception", "InceptionAux"]
 
@@ -60,8 +67,8 @@ def _basic_conv2d(block: BasicConv2d, x: Tensor) -> Tensor:
         and _is_plain(conv)
         and why_conv3x3_reference(x, conv.weight) is None
     ):
-        return _batch_norm_relu(block.bn, functional.conv3x3(x, conv.weight))
-    return _batch_norm_relu(block.bn, conv(x))
+        return batch_norm_relu(block.bn, functional.conv3x3(x, conv.weight))
+    return batch_norm_relu(block.bn, conv(x))
 
 
 def conv_chain(blocks: list[Any], pool: Any, x: Tensor) -> Tensor:
@@ -89,8 +96,8 @@ def _chain_settings(blocks: list[Any], pool: Any, x: Tensor) -> tuple[Any, ...] 
             why_module_reference(conv, nn.Conv2d) is not None
             or conv.bias is not None
             or not has_square_window(conv)
-            or _why_batch_norm_reference(bn) is not None
-            or _batch_norm_kind(bn) != _batch_norm_kind(blocks[0].bn)
+            or why_batch_norm_reference(bn) is not None
+            or batch_norm_kind(bn) != batch_norm_kind(blocks[0].bn)
         ):
             return None
         window[0].append(conv.stride[0])
@@ -102,10 +109,10 @@ def _chain_settings(blocks: list[Any], pool: Any, x: Tensor) -> tuple[Any, ...] 
         window[2].extend(sizes)
     bns = [block.bn for block in blocks]
     conv_weights = [block.conv.weight for block in blocks]
-    settings = (_takes_batch(bns[0]), group_of(bns[0]))
+    settings = (takes_batch(bns[0]), group_of(bns[0]))
     if why_no_chain_kernel(x, conv_weights, *window, *settings) is not None:
         return None
-    batch = _start_batch(bns)
+    batch = start_batch(bns)
     return None if batch is None else (conv_weights, *batch.vectors, *window, *batch.settings)
 
 
@@ -115,87 +122,6 @@ def _why_conv_block_reference(block: Any) -> str | None:
     if getattr(type(block), "forward", None) is not BasicConv2d.forward:
         return f"{type(block).__name__} in place of BasicConv2d"
     return why_hooked(block)
-
-
-def _batch_norm_relu(bn: Any, x: Tensor) -> Tensor:
-    if why_no_kernel(x) is not None or _why_batch_norm_reference(bn) is not None:
-        return F.relu(bn(x))  # not in place: backward hooks on bn forbid it, forward hooks keep x
-    batch = _start_batch([bn])
-    assert batch is not None  # one alone counts as it does
-    weights, biases, means, variances = batch.vectors
-    return functional.batch_norm_relu(
-        x, weights[0], biases[0], means[0], variances[0], *batch.settings
-    )
-
-
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def _why_batch_norm_reference(bn: Any) -> str | None:
-    is_shared = type(bn) is nn.SyncBatchNorm
-    reason = why_module_reference(bn, nn.SyncBatchNorm if is_shared else nn.BatchNorm2d)
-    if reason is not None:
-        return reason
-    parameters, buffers = bn._parameters, bn._buffers  # attributes are slow
-    if parameters.get("weight") is None or parameters.get("bias") is None:
-        return "BatchNorm2d without affine parameters"
-    given = [buffers.get(name) is not None for name in _STATISTICS]
-    if not all(given) and (bn.track_running_stats or any(given)):
-        return "BatchNorm2d without running statistics that it tracks"
-    if bn.training and torch.compiler.is_compiling():
-        if is_shared:
-            return "SyncBatchNorm under torch.compile"
-        if bn.momentum is None:
-            return "BatchNorm2d with momentum=None under torch.compile"
-    return None
-
-
-def _takes_batch(bn: Any) -> bool:
-    """Whether a batch norm normalises by the statistics of the batch."""
-    return bn.training or bn.running_mean is None
-
-
-def _batch_norm_kind(bn: Any) -> tuple[Any, ...]:
-    """What batch norms of one op must have in common."""
-    has_statistics = bn._buffers.get("running_mean") is not None
-    tracks = bn.track_running_stats and bn.training
-    return bn.training, bn.momentum, bn.eps, has_statistics, tracks, group_of(bn)
-
-
-class _Batch(NamedTuple):
-    """What the ops take of batch norms: their vectors, one list each, and what they share."""
-
-    vectors: tuple[list[Tensor], list[Tensor], list[Tensor | None], list[Tensor | None]]
-    settings: tuple[bool, float, float, Group]  # training, momentum, eps, group
-
-
-def _start_batch(bns: list[Any]) -> _Batch | None:
-    """Counts the batch for batch norms of one kind; None where their averages are not alike."""
-    first = bns[0]
-    momentum = first.momentum or 0.0
-    tracks = first.training and first.track_running_stats
-    if tracks:
-        counters = [bn.num_batches_tracked for bn in bns]
-        if first.momentum is None:  # a cumulative average
-            counts = set(torch.stack(counters).tolist())
-            if len(counts) != 1:
-                return None
-            momentum = 1.0 / (counts.pop() + 1)
-        torch._foreach_add_(counters, 1)
-    moves = tracks or not first.training  # else torch leaves running statistics alone
-
-    def running(name: str) -> list[Tensor | None]:
-        return [getattr(bn, name) if moves else None for bn in bns]
-
-    return _Batch(
-        (
-            [bn.weight for bn in bns],
-            [bn.bias for bn in bns],
-            running("running_mean"),
-            running("running_var"),
-        ),
-        (_takes_batch(first), momentum, first.eps, group_of(first)),
-    )
 
 
 class Inception(nn.Module):
@@ -286,7 +212,7 @@ def _inception(block: Inception, x: Tensor) -> Tensor:
     if why_no_kernel(x) is not None or why_block_reference(block) is not None:
         return _other_inception(block, x)
     blocks = _conv_blocks(block)
-    batch = _start_batch([conv_block.bn for conv_block in blocks])
+    batch = start_batch([conv_block.bn for conv_block in blocks])
     if batch is None:
         return torch.cat(block._forward(x), 1)
     conv_weights = [conv_block.conv.weight for conv_block in blocks]
@@ -339,9 +265,9 @@ def why_block_reference(block: Inception) -> str | None:
             return reason
         if not _is_plain(conv):
             return "a convolution with bias, stride, dilation, groups or unusual padding"
-        if (reason := _why_batch_norm_reference(bn)) is not None:
+        if (reason := why_batch_norm_reference(bn)) is not None:
             return reason
-        kind = _batch_norm_kind(bn)
+        kind = batch_norm_kind(bn)
         first = kind if first is None else first
         if kind != first:
             return "batch norms that differ in training, momentum, eps, statistics or group"
@@ -353,16 +279,7 @@ def why_block_reference(block: Inception) -> str | None:
 
 def _is_plain(conv: Any) -> bool:
     """Whether all that matters of a convolution is its weight."""
-    r = conv.kernel_size[0]
-    return (
-        conv.bias is None
-        and conv.kernel_size == (r, r)
-        and conv.stride == (1, 1)
-        and conv.dilation == (1, 1)
-        and conv.groups == 1
-        and conv.padding_mode == "zeros"
-        and conv.padding == (r // 2, r // 2)
-    )
+    return conv.bias is None and has_square_window(conv) and keeps_size(conv)
 
 
 class InceptionAux(nn.Module):

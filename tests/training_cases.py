@@ -10,8 +10,8 @@ from kernel_devices import torch_device
 from torch import Tensor, nn
 
 import inception_ext
-from inception_ext import modules
-from inception_ext.modules import BasicConv2d, Inception, InceptionAux
+from inception_ext._batch_norms import batch_norm_relu
+from inception_ext.modules import BasicConv2d, Inception, InceptionAux, conv_chain
 
 
 class Chain(nn.Module):
@@ -24,7 +24,7 @@ class Chain(nn.Module):
         self.pool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return modules.conv_chain([self.first, self.second], self.pool, x)
+        return conv_chain([self.first, self.second], self.pool, x)
 
 
 class BatchNormRelu(nn.Module):
@@ -35,7 +35,7 @@ class BatchNormRelu(nn.Module):
         self.bn = nn.BatchNorm2d(16, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return modules._batch_norm_relu(self.bn, x)
+        return batch_norm_relu(self.bn, x)
 
 
 @dataclass(frozen=True)
