@@ -44,11 +44,11 @@ void batch_norm_relu_apply(const BatchNormReluApplyParams& params) {
   kernels().batch_norm_relu_apply(params);
 }
 
-void batch_norm_relu_backward_reduce(const BatchNormReluBackwardReduceParams& params) {
+void batch_norm_relu_backward_reduce(const BatchNormReluBackwardParams& params) {
   kernels().batch_norm_relu_backward_reduce(params);
 }
 
-void batch_norm_relu_backward_apply(const BatchNormReluBackwardApplyParams& params) {
+void batch_norm_relu_backward_apply(const BatchNormReluBackwardParams& params) {
   kernels().batch_norm_relu_backward_apply(params);
 }
 

@@ -90,47 +90,32 @@ struct BatchNormReluApplyParams {
 // The ReLU keeps NaN.
 void batch_norm_relu_apply(const BatchNormReluApplyParams& params);
 
-struct BatchNormReluBackwardReduceParams {
+// Of both halves of the backward.
+struct BatchNormReluBackwardParams {
   const void* x;  // [P, C], dtype
   int64_t x_stride;
   const void* dy;  // [P, C], dtype
   int64_t dy_stride;
-  DType dtype;
-  int64_t pixels;      // P
-  int64_t channels;    // C
-  const float* mean;   // [C]
-  const float* rstd;   // [C]
-  const float* gamma;  // [C], may be nullptr: 1
-  const float* beta;   // [C], may be nullptr: 0
-  float* sum_dy;       // [C], the gradient of beta
-  float* sum_dy_xhat;  // [C], the gradient of gamma
-  float* workspace;    // [batch_norm_workspace(P, C)]
-  ParallelFor parallel;
-};
-
-// P = 0 writes zeros.
-void batch_norm_relu_backward_reduce(const BatchNormReluBackwardReduceParams& params);
-
-struct BatchNormReluBackwardApplyParams {
-  const void* x;  // [P, C], dtype
-  int64_t x_stride;
-  const void* dy;  // [P, C], dtype
-  int64_t dy_stride;
-  void* dx;  // [P, C], dtype; may be x or dy itself, with the same stride
+  void* dx;  // [P, C], dtype, of apply; may be x or dy itself, with the same stride
   int64_t dx_stride;
   DType dtype;
-  int64_t pixels;            // P
-  int64_t channels;          // C
-  const float* mean;         // [C]
-  const float* rstd;         // [C]
-  const float* gamma;        // [C], may be nullptr: 1
-  const float* beta;         // [C], may be nullptr: 0
-  bool batch_statistics;     // false: mean and rstd are constants (evaluation mode)
-  const float* sum_dy;       // [C]; not read unless batch_statistics
-  const float* sum_dy_xhat;  // [C]; not read unless batch_statistics
+  int64_t pixels;         // P
+  int64_t channels;       // C
+  const float* mean;      // [C]
+  const float* rstd;      // [C]
+  const float* gamma;     // [C], may be nullptr: 1
+  const float* beta;      // [C], may be nullptr: 0
+  bool batch_statistics;  // false: mean and rstd are constants (evaluation mode)
+  float* sum_dy;          // [C], the gradient of beta; apply reads it if batch_statistics
+  float* sum_dy_xhat;     // [C], the gradient of gamma; likewise
+  float* workspace;       // [batch_norm_workspace(P, C)], of reduce
   ParallelFor parallel;
 };
 
-void batch_norm_relu_backward_apply(const BatchNormReluBackwardApplyParams& params);
+// Writes sum_dy and sum_dy_xhat; P = 0 writes zeros.
+void batch_norm_relu_backward_reduce(const BatchNormReluBackwardParams& params);
+
+// Writes dx.
+void batch_norm_relu_backward_apply(const BatchNormReluBackwardParams& params);
 
 }  // namespace inception_ext::cpu

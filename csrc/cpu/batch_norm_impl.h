@@ -281,7 +281,7 @@ struct BackwardReduce {
 };
 
 template <typename T>
-void backward_reduce_chunk(const BatchNormReluBackwardReduceParams& params, int64_t chunk) {
+void backward_reduce_chunk(const BatchNormReluBackwardParams& params, int64_t chunk) {
   const int64_t padded = padded_channels(params.channels);
   float* sum_dy = params.workspace + chunk * kBackwardScratch * padded;
   float* sum_dy_centered = sum_dy + padded;
@@ -295,7 +295,7 @@ void backward_reduce_chunk(const BatchNormReluBackwardReduceParams& params, int6
 }
 
 // [begin, end) in vectors of kLanes / 2 channels.
-inline void merge_backward_chunks(const BatchNormReluBackwardReduceParams& params, int64_t begin,
+inline void merge_backward_chunks(const BatchNormReluBackwardParams& params, int64_t begin,
                                   int64_t end) {
   const int64_t padded = padded_channels(params.channels);
   const int64_t chunks = chunk_count(params.pixels, params.channels);
@@ -315,7 +315,7 @@ inline void merge_backward_chunks(const BatchNormReluBackwardReduceParams& param
   }
 }
 
-inline void batch_norm_relu_backward_reduce(const BatchNormReluBackwardReduceParams& params) {
+inline void batch_norm_relu_backward_reduce(const BatchNormReluBackwardParams& params) {
   if (params.channels <= 0) return;
   const int64_t chunks = chunk_count(params.pixels, params.channels);
   parallel_for(params.parallel, 0, chunks, 1, [&](int64_t begin, int64_t end) {
@@ -365,7 +365,7 @@ struct BackwardApply {
 };
 
 template <typename T, bool kBatchStatistics>
-void backward_apply_to_pixels(const BatchNormReluBackwardApplyParams& params, int64_t begin,
+void backward_apply_to_pixels(const BatchNormReluBackwardParams& params, int64_t begin,
                               int64_t end) {
   const float per_pixel = (float)(1.0 / (double)params.pixels);
   const BackwardApply<T, kBatchStatistics> op{
@@ -380,7 +380,7 @@ void backward_apply_to_pixels(const BatchNormReluBackwardApplyParams& params, in
 }
 
 template <typename T>
-void backward_apply_to_pixels(const BatchNormReluBackwardApplyParams& params, int64_t begin,
+void backward_apply_to_pixels(const BatchNormReluBackwardParams& params, int64_t begin,
                               int64_t end) {
   if (params.batch_statistics) {
     backward_apply_to_pixels<T, true>(params, begin, end);
@@ -389,7 +389,7 @@ void backward_apply_to_pixels(const BatchNormReluBackwardApplyParams& params, in
   }
 }
 
-inline void batch_norm_relu_backward_apply(const BatchNormReluBackwardApplyParams& params) {
+inline void batch_norm_relu_backward_apply(const BatchNormReluBackwardParams& params) {
   if (params.channels <= 0) return;
   parallel_for(params.parallel, 0, params.pixels, pixel_grain(params.channels),
                [&](int64_t begin, int64_t end) {

@@ -12,8 +12,8 @@ namespace inception_ext::cpu {
 struct Kernels {
   void (*batch_norm_statistics)(const BatchNormStatisticsParams&);
   void (*batch_norm_relu_apply)(const BatchNormReluApplyParams&);
-  void (*batch_norm_relu_backward_reduce)(const BatchNormReluBackwardReduceParams&);
-  void (*batch_norm_relu_backward_apply)(const BatchNormReluBackwardApplyParams&);
+  void (*batch_norm_relu_backward_reduce)(const BatchNormReluBackwardParams&);
+  void (*batch_norm_relu_backward_apply)(const BatchNormReluBackwardParams&);
   void (*max_pool_forward)(const MaxPoolForwardParams&);
   void (*max_pool_backward)(const MaxPoolBackwardParams&);
   void (*copy_channels)(const CopyChannelsParams&);

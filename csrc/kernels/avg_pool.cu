@@ -47,7 +47,7 @@ __device__ __forceinline__ Range windows_around(const AvgPoolAxis& axis, int32_t
 // Grid: x over N * P * Q * groups of 32 vectors of channels.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads)
-    avg_pool_forward_kernel(const __grid_constant__ AvgPoolForwardParams p, int32_t groups) {
+    avg_pool_forward_kernel(const __grid_constant__ AvgPoolParams p, int32_t groups) {
   wait_for_previous_kernel();
   allow_next_kernel();
   float* shared = reinterpret_cast<float*>(dynamic_shared());  // [kWarps][kVec][32]
@@ -63,11 +63,11 @@ __global__ void __launch_bounds__(kThreads)
   float sum[kVec] = {};
   if (inside) {
     const int64_t first = (n * p.h.input + rows.begin) * p.w.input + columns.begin;
-    const T* x = static_cast<const T*>(p.x) + first * p.x_stride + c;
+    const T* x = static_cast<const T*>(p.from) + first * p.from_stride + c;
 #pragma unroll 4
     for (int32_t i = warp; i < pixels; i += kWarps) {
       const int64_t pixel = int64_t{i / columns.size()} * p.w.input + i % columns.size();
-      const Vector<T, kVec> values = load_global<kVec>(x + pixel * p.x_stride);
+      const Vector<T, kVec> values = load_global<kVec>(x + pixel * p.from_stride);
 #pragma unroll
       for (int j = 0; j < kVec; ++j) sum[j] += to_float(values.data[j]);
     }
@@ -84,13 +84,13 @@ __global__ void __launch_bounds__(kThreads)
     for (int w = 1; w < kWarps; ++w) sum[j] += load_shared(shared + (w * kVec + j) * 32 + lane);
     mean.data[j] = from_float<T>(sum[j] / static_cast<float>(pixels));
   }
-  store_global(static_cast<T*>(p.y) + cell * p.y_stride + c, mean);
+  store_global(static_cast<T*>(p.to) + cell * p.to_stride + c, mean);
 }
 
 // Grid: x over W * vectors of channels, y over N * H.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kBackwardThreads)
-    avg_pool_backward_kernel(const __grid_constant__ AvgPoolBackwardParams p) {
+    avg_pool_backward_kernel(const __grid_constant__ AvgPoolParams p) {
   wait_for_previous_kernel();
   allow_next_kernel();
   const int32_t vectors = static_cast<int32_t>(p.channels) / kVec;
@@ -98,8 +98,8 @@ __global__ void __launch_bounds__(kBackwardThreads)
   const int32_t w = column / vectors, c = column % vectors * kVec;
   if (w >= p.w.input) return;
   const Range across = windows_around(p.w, w);
-  const T* grad_y = static_cast<const T*>(p.grad_y) + c;
-  T* grad_x = static_cast<T*>(p.grad_x) + c;
+  const T* grad_y = static_cast<const T*>(p.from) + c;
+  T* grad_x = static_cast<T*>(p.to) + c;
 
   const int32_t rows = static_cast<int32_t>(p.batch) * p.h.input;
   for (int32_t row = blockIdx.y; row < rows; row += gridDim.y) {
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
         const float share =
             1.0f / static_cast<float>(window(p.h, i).size() * window(p.w, j).size());
         const int64_t cell = (n * p.h.output + i) * p.w.output + j;
-        const Vector<T, kVec> grad = load_global<kVec>(grad_y + cell * p.grad_y_stride);
+        const Vector<T, kVec> grad = load_global<kVec>(grad_y + cell * p.from_stride);
 #pragma unroll
         for (int k = 0; k < kVec; ++k) sum[k] += to_float(grad.data[k]) * share;
       }
@@ -119,12 +119,12 @@ __global__ void __launch_bounds__(kBackwardThreads)
     Vector<T, kVec> result;
 #pragma unroll
     for (int k = 0; k < kVec; ++k) result.data[k] = from_float<T>(sum[k]);
-    store_global(grad_x + (int64_t{row} * p.w.input + w) * p.grad_x_stride, result);
+    store_global(grad_x + (int64_t{row} * p.w.input + w) * p.to_stride, result);
   }
 }
 
 template <typename T, int kVec>
-cudaError_t launch_vectors(const AvgPoolForwardParams& p, cudaStream_t stream) {
+cudaError_t launch_forward(const AvgPoolParams& p, cudaStream_t stream) {
   const int64_t groups = (p.channels / kVec + 31) / 32;
   const int64_t blocks = p.batch * p.h.output * p.w.output * groups;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
@@ -134,7 +134,7 @@ cudaError_t launch_vectors(const AvgPoolForwardParams& p, cudaStream_t stream) {
 }
 
 template <typename T, int kVec>
-cudaError_t launch_vectors(const AvgPoolBackwardParams& p, cudaStream_t stream) {
+cudaError_t launch_backward(const AvgPoolParams& p, cudaStream_t stream) {
   constexpr int64_t kMaxGridY = 65535;
   const int64_t threads = p.w.input * p.channels / kVec, rows = p.batch * p.h.input;
   const dim3 grid(static_cast<unsigned>((threads + kBackwardThreads - 1) / kBackwardThreads),
@@ -155,47 +155,50 @@ bool takes_axis(const AvgPoolAxis& axis) {
          (int64_t{axis.input} + 1) * axis.parts <= kMaxExtent;
 }
 
-template <typename Params>
-bool takes(const Params& p) {
+bool takes(const AvgPoolParams& p) {
   return p.batch >= 0 && p.channels >= 0 && takes_axis(p.h) && takes_axis(p.w) &&
          int64_t{p.h.input} * p.w.input <= kMaxExtent && p.batch * p.h.input <= kMaxExtent &&
          p.w.input * p.channels <= kMaxExtent;
 }
 
-template <typename T, typename Params>
-cudaError_t dispatch_vectors(const Params& p, const void* from, int64_t from_stride, const void* to,
-                             int64_t to_stride, cudaStream_t stream) {
-  constexpr int kVec = kVectorSize<T>;
-  const bool vectors = is_aligned(from, 16) && is_aligned(to, 16) && p.channels % kVec == 0 &&
-                       from_stride % kVec == 0 && to_stride % kVec == 0;
-  return vectors ? launch_vectors<T, kVec>(p, stream) : launch_vectors<T, 1>(p, stream);
+template <bool kForward, typename T, int kVec>
+cudaError_t launch_vectors(const AvgPoolParams& p, cudaStream_t stream) {
+  return kForward ? launch_forward<T, kVec>(p, stream) : launch_backward<T, kVec>(p, stream);
 }
 
-template <typename Params>
-cudaError_t dispatch(const Params& p, const void* from, int64_t from_stride, const void* to,
-                     int64_t to_stride, cudaStream_t stream) {
+template <bool kForward, typename T>
+cudaError_t dispatch_vectors(const AvgPoolParams& p, cudaStream_t stream) {
+  constexpr int kVec = kVectorSize<T>;
+  const bool vectors = is_aligned(p.from, 16) && is_aligned(p.to, 16) && p.channels % kVec == 0 &&
+                       p.from_stride % kVec == 0 && p.to_stride % kVec == 0;
+  return vectors ? launch_vectors<kForward, T, kVec>(p, stream)
+                 : launch_vectors<kForward, T, 1>(p, stream);
+}
+
+template <bool kForward>
+cudaError_t dispatch(const AvgPoolParams& p, cudaStream_t stream) {
   if (!takes(p)) return cudaErrorInvalidValue;
   if (p.batch == 0 || p.channels == 0) return cudaSuccess;
-  if (from == nullptr || to == nullptr) return cudaErrorInvalidValue;
+  if (p.from == nullptr || p.to == nullptr) return cudaErrorInvalidValue;
   switch (p.dtype) {
     case DType::kFloat16:
-      return dispatch_vectors<__half>(p, from, from_stride, to, to_stride, stream);
+      return dispatch_vectors<kForward, __half>(p, stream);
     case DType::kBFloat16:
-      return dispatch_vectors<__nv_bfloat16>(p, from, from_stride, to, to_stride, stream);
+      return dispatch_vectors<kForward, __nv_bfloat16>(p, stream);
     case DType::kFloat32:
-      return dispatch_vectors<float>(p, from, from_stride, to, to_stride, stream);
+      return dispatch_vectors<kForward, float>(p, stream);
   }
   return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
-cudaError_t avg_pool_forward(const AvgPoolForwardParams& p, cudaStream_t stream) {
-  return dispatch(p, p.x, p.x_stride, p.y, p.y_stride, stream);
+cudaError_t avg_pool_forward(const AvgPoolParams& p, cudaStream_t stream) {
+  return dispatch<true>(p, stream);
 }
 
-cudaError_t avg_pool_backward(const AvgPoolBackwardParams& p, cudaStream_t stream) {
-  return dispatch(p, p.grad_y, p.grad_y_stride, p.grad_x, p.grad_x_stride, stream);
+cudaError_t avg_pool_backward(const AvgPoolParams& p, cudaStream_t stream) {
+  return dispatch<false>(p, stream);
 }
 
 }  // namespace inception_ext::kernels

@@ -128,23 +128,12 @@ struct AvgPoolAxis {
   int32_t length;
 };
 
-struct AvgPoolForwardParams {
-  const void* x;     // [N, H, W, C], dtype
-  void* y;           // [N, P, Q, C], dtype
-  int64_t x_stride;  // elements from one pixel to the next; rows and images follow without a gap
-  int64_t y_stride;
-  int64_t batch;     // N
-  int64_t channels;  // C
-  AvgPoolAxis h;     // from H to P
-  AvgPoolAxis w;     // from W to Q
-  DType dtype;
-};
-
-struct AvgPoolBackwardParams {
-  const void* grad_y;     // [N, P, Q, C], dtype
-  void* grad_x;           // [N, H, W, C], dtype
-  int64_t grad_y_stride;  // elements from one pixel to the next; rows and images without a gap
-  int64_t grad_x_stride;
+// Forward from x to y, backward from the gradient of y to that of x.
+struct AvgPoolParams {
+  const void* from;     // forward [N, H, W, C], backward [N, P, Q, C], dtype
+  void* to;             // forward [N, P, Q, C], backward [N, H, W, C], dtype
+  int64_t from_stride;  // elements from one pixel to the next; rows and images without a gap
+  int64_t to_stride;
   int64_t batch;     // N
   int64_t channels;  // C
   AvgPoolAxis h;     // from H to P

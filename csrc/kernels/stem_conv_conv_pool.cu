@@ -10,7 +10,6 @@
 // one to a pass; r is computed three times then, a sixth of a pass each.
 #include <cstdint>
 
-#include "conv_problem.h"
 #include "device/async_copy.cuh"
 #include "device/pooled_tile.cuh"
 #include "device/reduced_tile.cuh"
@@ -18,7 +17,7 @@
 #include "device/tensor_math.cuh"
 #include "launch.h"
 #include "stem.h"
-#include "variants.h"
+#include "stem_launch.h"
 
 namespace inception_ext::kernels {
 namespace {
@@ -199,29 +198,9 @@ cudaError_t launch_rows(const StemConvConvPoolParams& p, const DeviceLimits& dev
                           Tile::kSharedBytes, stream, p, passes, x_vectors, y_vectors);
 }
 
-// Four rows waste less than two, where they leave no multiprocessor idle.
-template <typename Math>
-cudaError_t launch_math(const StemConvConvPoolParams& p, const DeviceLimits& device,
-                        cudaStream_t stream) {
-  constexpr int kBytes = sizeof(typename Math::Element);
-  if constexpr (kBytes == 2 && Math::kStepChunks == 2) {
-    if (device.capability >= 80 && ReducedTile<4, kBytes>::kSharedBytes <= device.shared_bytes &&
-        stem_tiles(4, p.batch, p.output_h, p.output_w) >= device.multiprocessors) {
-      return launch_rows<Math, 4>(p, device, stream);
-    }
-  }
-  if (ReducedTile<2, kBytes>::kSharedBytes > device.shared_bytes) {
-    return cudaErrorInvalidConfiguration;
-  }
-  return launch_rows<Math, 2>(p, device, stream);
-}
-
 bool takes(const StemConvConvPoolParams& p) {
-  constexpr int32_t kMaxExtent = 1 << 28;
-  return p.batch >= 0 && p.input_h >= 1 && p.input_h <= kMaxExtent && p.input_w >= 1 &&
-         p.input_w <= kMaxExtent && p.output_h >= 1 && p.output_w >= 1 &&
-         2 * (p.output_h - 1) < p.input_h && 2 * (p.output_w - 1) < p.input_w &&
-         is_aligned(p.weight1, 16) && is_aligned(p.weight2, 16);
+  return has_valid_sizes(p, p.input_h, p.input_w) && is_aligned(p.weight1, 16) &&
+         is_aligned(p.weight2, 16);
 }
 
 }  // namespace
@@ -232,11 +211,8 @@ cudaError_t stem_conv_conv_pool(const StemConvConvPoolParams& p, cudaStream_t st
   if (!p.x || !p.weight1 || !p.bias1 || !p.weight2 || !p.bias2 || !p.y) {
     return cudaErrorInvalidValue;
   }
-  DeviceLimits device;
-  if (const cudaError_t error = device_limits(device); error != cudaSuccess) return error;
-  const bool scalar = is_scalar(p.dtype, p.exact, device);
-  return with_math<TensorMath, ScalarMath>(p.dtype, scalar, [&](auto math) {
-    return launch_math<typename decltype(math)::Type>(p, device, stream);
+  return with_stem_tile<ReducedTile>(p, [&](auto math, auto rows, const DeviceLimits& device) {
+    return launch_rows<typename decltype(math)::Type, decltype(rows)::value>(p, device, stream);
   });
 }
 

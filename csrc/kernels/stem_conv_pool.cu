@@ -9,14 +9,13 @@
 // shared memory, then computes one tile (stem_plan.h) after another.
 #include <cstdint>
 
-#include "conv_problem.h"
 #include "device/pooled_tile.cuh"
 #include "device/stem_patch.cuh"
 #include "device/sync.cuh"
 #include "device/tensor_math.cuh"
 #include "launch.h"
 #include "stem.h"
-#include "variants.h"
+#include "stem_launch.h"
 
 namespace inception_ext::kernels {
 namespace {
@@ -109,40 +108,14 @@ cudaError_t launch_rows(const StemConvPoolParams& p, const DeviceLimits& device,
                           Tile::kSharedBytes, stream, p, static_cast<int32_t>(tiles), vectors);
 }
 
-// Four rows waste less than two, where they leave no multiprocessor idle.
-template <typename Math>
-cudaError_t launch_math(const StemConvPoolParams& p, const DeviceLimits& device,
-                        cudaStream_t stream) {
-  constexpr int kBytes = sizeof(typename Math::Element);
-  if constexpr (kBytes == 2 && Math::kStepChunks == 2) {
-    if (device.capability >= 80 && PatchTile<4, kBytes>::kSharedBytes <= device.shared_bytes &&
-        stem_tiles(4, p.batch, p.output_h, p.output_w) >= device.multiprocessors) {
-      return launch_rows<Math, 4>(p, device, stream);
-    }
-  }
-  if (PatchTile<2, kBytes>::kSharedBytes > device.shared_bytes)
-    return cudaErrorInvalidConfiguration;
-  return launch_rows<Math, 2>(p, device, stream);
-}
-
-bool takes(const StemConvPoolParams& p) {
-  constexpr int32_t kMaxExtent = 1 << 28;
-  return p.batch >= 0 && p.input_h >= 1 && p.input_h <= kMaxExtent && p.input_w >= 1 &&
-         p.input_w <= kMaxExtent && p.conv_h >= 1 && p.conv_w >= 1 && p.output_h >= 1 &&
-         p.output_w >= 1 && 2 * (p.output_h - 1) < p.conv_h && 2 * (p.output_w - 1) < p.conv_w;
-}
-
 }  // namespace
 
 cudaError_t stem_conv_pool(const StemConvPoolParams& p, cudaStream_t stream) {
-  if (!takes(p)) return cudaErrorInvalidValue;
+  if (!has_valid_sizes(p, p.conv_h, p.conv_w)) return cudaErrorInvalidValue;
   if (p.batch == 0) return cudaSuccess;
   if (!p.x || !p.weight || !p.bias || !p.y) return cudaErrorInvalidValue;
-  DeviceLimits device;
-  if (const cudaError_t error = device_limits(device); error != cudaSuccess) return error;
-  const bool scalar = is_scalar(p.dtype, p.exact, device);
-  return with_math<TensorMath, ScalarMath>(p.dtype, scalar, [&](auto math) {
-    return launch_math<typename decltype(math)::Type>(p, device, stream);
+  return with_stem_tile<PatchTile>(p, [&](auto math, auto rows, const DeviceLimits& device) {
+    return launch_rows<typename decltype(math)::Type, decltype(rows)::value>(p, device, stream);
   });
 }
 

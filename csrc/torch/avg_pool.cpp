@@ -51,21 +51,25 @@ struct AvgPoolWindow {
   int64_t kernel, stride;
 };
 
-void avg_pool_into(const char* op, const kernels::AvgPoolAxis& h, const kernels::AvgPoolAxis& w,
-                   const Tensor& x, const Tensor& y) {
-  const Tensor input = by_pixels(x);
-  const Pixels from(input), to(y);
-  const kernels::AvgPoolForwardParams params{.x = from.data,
-                                             .y = to.data,
-                                             .x_stride = from.stride,
-                                             .y_stride = to.stride,
-                                             .batch = x.size(0),
-                                             .channels = x.size(1),
-                                             .h = h,
-                                             .w = w,
-                                             .dtype = kernel_dtype(x.scalar_type())};
-  launch_kernels(op, {{"x", input, Use::kRead}, {"y", y, Use::kWrite}},
-                 [&](cudaStream_t stream) { return kernels::avg_pool_forward(params, stream); });
+using Launcher = cudaError_t (*)(const kernels::AvgPoolParams&, cudaStream_t);
+
+// Runs one of the kernels, over windows from h.input x w.input to h.output x w.output pixels.
+void run(const char* op, Launcher kernel, const kernels::AvgPoolAxis& h,
+         const kernels::AvgPoolAxis& w, const char* from_name, const Tensor& from,
+         const char* to_name, const Tensor& to) {
+  const Tensor input = by_pixels(from);
+  const Pixels source(input), target(to);
+  const kernels::AvgPoolParams params{.from = source.data,
+                                      .to = target.data,
+                                      .from_stride = source.stride,
+                                      .to_stride = target.stride,
+                                      .batch = from.size(0),
+                                      .channels = from.size(1),
+                                      .h = h,
+                                      .w = w,
+                                      .dtype = kernel_dtype(from.scalar_type())};
+  launch_kernels(op, {{from_name, input, Use::kRead}, {to_name, to, Use::kWrite}},
+                 [&](cudaStream_t stream) { return kernel(params, stream); });
 }
 
 void global_avg_pool(Tensor x, Tensor y) {
@@ -73,8 +77,9 @@ void global_avg_pool(Tensor x, Tensor y) {
   check_cuda_activation({op, "x", x});
   check_cuda_output(op, x, y, {x.size(0), x.size(1), 1, 1});
   const AvgPoolWindow adaptive{0, 1};
-  avg_pool_into(op, adaptive.over(op, "x", x.size(2), 1), adaptive.over(op, "x", x.size(3), 1), x,
-                y);
+  const kernels::AvgPoolAxis h = adaptive.over(op, "x", x.size(2), 1);
+  const kernels::AvgPoolAxis w = adaptive.over(op, "x", x.size(3), 1);
+  run(op, kernels::avg_pool_forward, h, w, "x", x, "y", y);
 }
 
 Tensor aux_pool_forward(Tensor x, int64_t output_size, int64_t kernel_size, int64_t stride) {
@@ -86,7 +91,7 @@ Tensor aux_pool_forward(Tensor x, int64_t output_size, int64_t kernel_size, int6
   const kernels::AvgPoolAxis h = window.over(op, "x", x.size(2), output_size);
   const kernels::AvgPoolAxis w = window.over(op, "x", x.size(3), output_size);
   Tensor y = empty_nhwc(x, x.size(0), x.size(1), output_size, output_size);
-  avg_pool_into(op, h, w, x, y);
+  run(op, kernels::avg_pool_forward, h, w, "x", x, "y", y);
   return y;
 }
 
@@ -103,20 +108,8 @@ Tensor aux_pool_backward(Tensor grad, std::vector<int64_t> input_size, int64_t k
     return window.over(op, "input_size", input_size[i], grad.size(2 + i));
   };
   const kernels::AvgPoolAxis h = axis(0), w = axis(1);
-  const Tensor gradient = by_pixels(grad);
   Tensor dx = empty_nhwc(grad, grad.size(0), grad.size(1), input_size[0], input_size[1]);
-  const Pixels grad_y(gradient), grad_x(dx);
-  const kernels::AvgPoolBackwardParams params{.grad_y = grad_y.data,
-                                              .grad_x = grad_x.data,
-                                              .grad_y_stride = grad_y.stride,
-                                              .grad_x_stride = grad_x.stride,
-                                              .batch = grad.size(0),
-                                              .channels = grad.size(1),
-                                              .h = h,
-                                              .w = w,
-                                              .dtype = kernel_dtype(grad.scalar_type())};
-  launch_kernels(op, {{"grad", gradient, Use::kRead}, {"dx", dx, Use::kWrite}},
-                 [&](cudaStream_t stream) { return kernels::avg_pool_backward(params, stream); });
+  run(op, kernels::avg_pool_backward, h, w, "grad", grad, "dx", dx);
   return dx;
 }
 

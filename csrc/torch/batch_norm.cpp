@@ -12,10 +12,6 @@
 namespace inception_ext {
 namespace {
 
-cpu::DType kernel_dtype(ScalarType dtype) {
-  return dtype == ScalarType::BFloat16 ? cpu::DType::kBFloat16 : cpu::DType::kFloat32;
-}
-
 std::vector<float> workspace(const Pixels& x) {
   return std::vector<float>(cpu::batch_norm_workspace(x.count, x.channels));
 }
@@ -26,7 +22,7 @@ void batch_norm_statistics_pixels(const Pixels& x, ScalarType dtype, float* mean
   std::vector<float> space = workspace(x);
   cpu::batch_norm_statistics({.x = x.data,
                               .x_stride = x.stride,
-                              .dtype = kernel_dtype(dtype),
+                              .dtype = cpu_dtype(dtype),
                               .pixels = x.count,
                               .channels = x.channels,
                               .mean = mean,
@@ -41,7 +37,7 @@ void batch_norm_relu_apply_pixels(const Pixels& x, const Pixels& y, ScalarType d
                               .x_stride = x.stride,
                               .y = y.data,
                               .y_stride = y.stride,
-                              .dtype = kernel_dtype(dtype),
+                              .dtype = cpu_dtype(dtype),
                               .pixels = x.count,
                               .channels = x.channels,
                               .mean = statistics.mean,
@@ -56,40 +52,26 @@ void batch_norm_relu_backward_pixels(const Pixels& grad, const Pixels& x, const 
                                      const BatchNorm& bn, bool training, float* sum_dy,
                                      float* sum_dy_xhat) {
   std::vector<float> space = workspace(x);
-  if (sum_dy) {
-    cpu::batch_norm_relu_backward_reduce({.x = x.data,
-                                          .x_stride = x.stride,
-                                          .dy = grad.data,
-                                          .dy_stride = grad.stride,
-                                          .dtype = kernel_dtype(dtype),
-                                          .pixels = x.count,
-                                          .channels = x.channels,
-                                          .mean = statistics.mean,
-                                          .rstd = statistics.rstd,
-                                          .gamma = bn.weight.data(),
-                                          .beta = bn.bias.data(),
-                                          .sum_dy = sum_dy,
-                                          .sum_dy_xhat = sum_dy_xhat,
-                                          .workspace = space.data(),
-                                          .parallel = torch_threads});
-  }
-  cpu::batch_norm_relu_backward_apply({.x = x.data,
-                                       .x_stride = x.stride,
-                                       .dy = grad.data,
-                                       .dy_stride = grad.stride,
-                                       .dx = dx.data,
-                                       .dx_stride = dx.stride,
-                                       .dtype = kernel_dtype(dtype),
-                                       .pixels = x.count,
-                                       .channels = x.channels,
-                                       .mean = statistics.mean,
-                                       .rstd = statistics.rstd,
-                                       .gamma = bn.weight.data(),
-                                       .beta = bn.bias.data(),
-                                       .batch_statistics = training,
-                                       .sum_dy = sum_dy,
-                                       .sum_dy_xhat = sum_dy_xhat,
-                                       .parallel = torch_threads});
+  const cpu::BatchNormReluBackwardParams params{.x = x.data,
+                                                .x_stride = x.stride,
+                                                .dy = grad.data,
+                                                .dy_stride = grad.stride,
+                                                .dx = dx.data,
+                                                .dx_stride = dx.stride,
+                                                .dtype = cpu_dtype(dtype),
+                                                .pixels = x.count,
+                                                .channels = x.channels,
+                                                .mean = statistics.mean,
+                                                .rstd = statistics.rstd,
+                                                .gamma = bn.weight.data(),
+                                                .beta = bn.bias.data(),
+                                                .batch_statistics = training,
+                                                .sum_dy = sum_dy,
+                                                .sum_dy_xhat = sum_dy_xhat,
+                                                .workspace = space.data(),
+                                                .parallel = torch_threads};
+  if (sum_dy) cpu::batch_norm_relu_backward_reduce(params);
+  cpu::batch_norm_relu_backward_apply(params);
 }
 
 namespace {

@@ -36,8 +36,8 @@ void run_tasks(int64_t count, const Task& task) {
   if (error) std::rethrow_exception(error);
 }
 
-inline cpu::DType cpu_dtype(const Tensor& x) {
-  switch (x.scalar_type()) {
+inline cpu::DType cpu_dtype(ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::BFloat16:
       return cpu::DType::kBFloat16;
     case ScalarType::Byte:
@@ -46,5 +46,7 @@ inline cpu::DType cpu_dtype(const Tensor& x) {
       return cpu::DType::kFloat32;
   }
 }
+
+inline cpu::DType cpu_dtype(const Tensor& x) { return cpu_dtype(x.scalar_type()); }
 
 }  // namespace inception_ext

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <utility>
 
 #include "cpu/winograd.h"
 #include "torch/cpu_kernels.h"
