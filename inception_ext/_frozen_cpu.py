@@ -14,9 +14,9 @@ from torch import Tensor
 from inception_ext import _frozen, _gate
 from inception_ext._frozen import Convolution, Frozen, Inception, Pool, Step, run_in_slices
 from inception_ext._plan import CONVOLUTION, INCEPTION, POOL, pool_sizes
-from inception_ext._windows import pair
+from inception_ext._windows import output_size, pair
 
-__all__ = ["FrozenCpu", "winograd_weight"]
+__all__ = ["LEAST_TILES", "FrozenCpu", "winograd_weight"]
 
 
 class FrozenCpu(Frozen):
@@ -42,9 +42,9 @@ class _Chain:
     def __call__(self, x: Tensor, images: int) -> Tensor:
         if not self.fused or not _takes_op(x):
             return run_in_slices(self.steps, x, images)
-        if self._plan is None:
-            self._plan = _Plan(self.steps, x, images)
         plan = self._plan
+        if plan is None or not plan.serves(x):
+            self._plan = plan = _Plan(self.steps, x, images, plan)
         return torch.ops.inception_ext.frozen_forward(
             x, plan.weights, plan.biases, plan.numbers, images
         )
@@ -97,17 +97,29 @@ def _window(pool: Any) -> list[int] | None:
 
 
 class _Plan:
-    """The arguments of the op for some steps, weights packed for a slice of x."""
+    """The arguments of the op for some steps, weights packed for a slice of x.
 
-    def __init__(self, steps: Sequence[Step], x: Tensor, images: int) -> None:
+    Winograd's weights are packed only where images of x's size go that way; a plan for larger
+    images takes the place of ``before`` where these come.
+    """
+
+    def __init__(
+        self, steps: Sequence[Step], x: Tensor, images: int, before: "_Plan | None" = None
+    ) -> None:
         self.numbers: list[int] = []
         self.weights: list[Tensor] = []
         self.biases: list[Tensor] = []
         self._images = min(images, max(1, x.shape[0] // torch.get_num_threads()))
-        size = (x.shape[2], x.shape[3])
+        h, w = (0, 0) if before is None else before._largest
+        self._largest: tuple[int, int] = (max(h, x.shape[2]), max(w, x.shape[3]))
+        size = self._largest
         with torch.no_grad():
             for step in steps:
                 size = self._add(step, size)
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether there is every weight that images of x's size read."""
+        return x.shape[2] <= self._largest[0] and x.shape[3] <= self._largest[1]
 
     def _add(self, step: Any, size: tuple[int, int]) -> tuple[int, int]:
         """Appends a step that reads ``size`` pixels; returns the size of its output."""
@@ -124,8 +136,9 @@ class _Plan:
         return self._add(step.projection, size)
 
     def _add_convolution(self, conv: Convolution, size: tuple[int, int]) -> tuple[int, int]:
-        fast = _takes_winograd(conv)
-        self.numbers += [CONVOLUTION, *conv.stride, *conv.padding, int(fast)]
+        least_tiles = LEAST_TILES[conv.weight.dtype]
+        fast = _takes_winograd(conv) and _tiles(size) >= least_tiles
+        self.numbers += [CONVOLUTION, *conv.stride, *conv.padding, least_tiles if fast else 0]
         _, c, *kernel = conv.weight.shape
         self.weights.append(
             _packed(conv.weight, conv.padding, conv.stride, 1, (self._images, c, *size))
@@ -134,7 +147,7 @@ class _Plan:
             weight = winograd_weight(conv.weight.float())
             self.weights.append(_packed(weight, [0, 0], [1, 1], 36, (1, 36 * c, _CHUNK, 1)))
         self.biases.append(conv.bias)
-        h, w = ((size[i] + 2 * conv.padding[i] - kernel[i]) // conv.stride[i] + 1 for i in (0, 1))
+        h, w = (output_size(size[i], kernel[i], conv.stride[i], conv.padding[i]) for i in (0, 1))
         return h, w
 
 
@@ -148,6 +161,16 @@ def _packed(
 
 _CHUNK = 48  # tiles; one packing serves all chunks that frozen_convolution.cpp makes
 _VECTOR = 16  # channels; oneDNN is slow with groups of others
+
+# Tiles of an image. With fewer, the products wait for their weights, of which there are four times
+# as many as in a plain convolution, and eight times as many bytes as in one of bfloat16, which is
+# twice as fast besides.
+LEAST_TILES = {torch.float32: 4, torch.bfloat16: 32}
+
+
+def _tiles(size: tuple[int, int]) -> int:
+    """Tiles of 4x4 pixels that cover an image."""
+    return -(-size[0] // 4) * -(-size[1] // 4)
 
 
 def _has_bfloat16_tiles() -> bool:

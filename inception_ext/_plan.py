@@ -16,7 +16,9 @@ from inception_ext._windows import output_size
 
 __all__ = ["CONVOLUTION", "INCEPTION", "POOL", "pool_sizes"]
 
-CONVOLUTION = 0  # stride h, w, padding h, w, whether Winograd's weight follows the plain one
+# Stride h, w, padding h, w, and how many tiles of 4x4 an image has at least that goes by Winograd,
+# whose weight then follows the plain one; 0: there is none.
+CONVOLUTION = 0
 POOL = 1  # kernel h, w, stride h, w, padding h, w, ceil_mode
 # Channels of the three parts of the merged convolution, then the records of the merged, the 3x3 and
 # the 5x5 convolution, the pool, and the projection.
@@ -60,9 +62,9 @@ class _Walk:
         return (shape[0], *pool_sizes(shape[1:], window, bool(ceil_mode)))
 
     def _convolution(self, shape: Shape) -> Shape:
-        *window, has_winograd = self._take(5)
+        *window, least_tiles = self._take(5)
         k, c, *kernel = next(self._weights)
-        if has_winograd:
+        if least_tiles:
             next(self._weights)
         h, w = (
             output_size(size, kernel[axis], window[axis], window[2 + axis])

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from inception_ext._frozen_cpu import winograd_weight
+from inception_ext import _frozen, _frozen_cpu
+from inception_ext._frozen_cpu import LEAST_TILES, winograd_weight
 from inception_ext._plan import CONVOLUTION, INCEPTION, POOL
 
 ops = torch.ops.inception_ext
@@ -38,14 +39,15 @@ def arguments(dtype: torch.dtype, winograd: bool) -> dict[str, Any]:
     for (weight, _), is_fast in zip(pairs, fast, strict=True):
         weights += [weight, winograd_weight(weight.float())] if is_fast else [weight]
     same, plain = [1, 1, 1, 1], [1, 1, 0, 0]
+    least_tiles = [LEAST_TILES[dtype] if is_fast else 0 for is_fast in fast]
     plan = [
         *(CONVOLUTION, 2, 2, 1, 1, 0),
         *(POOL, 3, 3, 2, 2, 0, 0, 1),
-        *(CONVOLUTION, *same, int(fast[1])),
+        *(CONVOLUTION, *same, least_tiles[1]),
         *(INCEPTION, K[0], *REDUCED),
         *(CONVOLUTION, *plain, 0),
-        *(CONVOLUTION, *same, int(fast[3])),
-        *(CONVOLUTION, *same, int(fast[4])),
+        *(CONVOLUTION, *same, least_tiles[3]),
+        *(CONVOLUTION, *same, least_tiles[4]),
         *(POOL, 3, 3, 1, 1, 1, 1, 1),
         *(CONVOLUTION, *plain, 0),
         *(POOL, 2, 2, 2, 2, 0, 0, 0),
@@ -99,8 +101,9 @@ def test_images_do_not_mix(winograd):
     given = arguments(torch.float32, winograd)
     x = randn(7, 3, 64, 64, seed=9)
     y = call(x, given)
+    eager, exact = (expected(images, given["pairs"]) for images in (x, x.double()))
     for images in (1, 3, 100):
-        torch.testing.assert_close(call(x, given, images=images), y, rtol=1e-4, atol=1e-4)
+        assert_as_good_as_eager(call(x, given, images=images), eager, exact, BLOCK_NOISE_FLOOR)
     assert torch.equal(call(x, given), y)
     x[4, 1, 30, 30] = torch.nan
     poisoned = call(x, given)
@@ -206,3 +209,33 @@ def test_weight_transform():
     a = 0.5**0.5
     column = torch.tensor([1, a, a * a], dtype=torch.float64) / -1.5
     torch.testing.assert_close(u[1, 1], torch.einsum("r,kcrs,s->kc", column, weight, column))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_winograd_weights_are_packed_for_images_that_use_them(dtype):
+    """Once such an image has come; whatever came before, an image's result is the same."""
+    least_tiles = LEAST_TILES[dtype]
+    small = randn(2, C, 4, 4 * (least_tiles - 1), seed=1, dtype=dtype)
+    large = randn(2, C, 4, 4 * least_tiles, seed=2, dtype=dtype)
+    if not _frozen.has_fused_convolution(small):
+        pytest.skip("oneDNN does not multiply bfloat16 here")
+    if dtype == torch.bfloat16 and _frozen_cpu._has_bfloat16_tiles():
+        pytest.skip("bfloat16 does not go by Winograd here")
+    step = _frozen.Convolution(*convolution(K[1], C, 3, seed=0), (1, 1), (1, 1), dtype)
+
+    def chain() -> _frozen_cpu._Chain:
+        return _frozen_cpu._Chain([step], fused=True)
+
+    def packed(chain: _frozen_cpu._Chain) -> int:
+        assert chain._plan is not None
+        return len(chain._plan.weights)
+
+    one = chain()
+    y = one(small, 2)
+    assert packed(one) == 1
+    of_large = one(large, 2)
+    assert packed(one) == 2
+    assert torch.equal(one(small, 2), y) and packed(one) == 2
+    another = chain()
+    assert torch.equal(another(large, 2), of_large) and packed(another) == 2
+    assert torch.equal(another(small, 2), y)

@@ -147,7 +147,7 @@ class InceptionStep : public Step {
 };
 
 // Reads steps off the op's lists. Each record of the plan starts with its kind:
-//   0, stride h, w, padding h, w, whether Winograd's weight follows    a convolution
+//   0, stride h, w, padding h, w, least tiles for Winograd             a convolution
 //   1, kernel h, w, stride h, w, padding h, w, ceil_mode               a max pool
 //   2, channels of the three parts of the merged convolution, followed by the records of the
 //   merged,
@@ -220,11 +220,12 @@ class Plan {
   ConvolutionStep convolution() {
     expect(kConvolution);
     const std::array<int64_t, 2> stride = next_pair(1), padding = next_pair(0);
-    const bool has_winograd = next() != 0;
+    const int64_t least_tiles = next();  // 0: there is no weight for Winograd
+    if (least_tiles < 0) fail(kOp, "plan", "expected at least 0 tiles, got ", least_tiles);
     const Tensor weight = next_weight(x_.scalar_type());
     const int64_t k = weight.size(0), c = weight.size(1);
     std::optional<Tensor> winograd;
-    if (has_winograd) {
+    if (least_tiles > 0) {
       const bool fits = weight.size(2) == 3 && weight.size(3) == 3 && stride[0] == 1 &&
                         stride[1] == 1 && padding[0] == 1 && padding[1] == 1;
       if (!fits) {
@@ -243,7 +244,7 @@ class Plan {
         .has_dtype({x_.scalar_type()})
         .has_shape({k});
     if (k > 1 && bias.stride(0) != 1) fail(kOp, "biases", "expected contiguous tensors");
-    return ConvolutionStep({weight, winograd, bias, stride, padding});
+    return ConvolutionStep({weight, winograd, least_tiles, bias, stride, padding});
   }
 
   PoolStep pool() {

@@ -16,11 +16,6 @@ using torch::stable::detail::to;
 
 constexpr int64_t kPositions = cpu::kWinogradPositions;
 
-// Tiles of an image. With fewer, the products wait for their weights, of which there are four times
-// as many as in a plain convolution, and eight times as many bytes as in one of bfloat16, which is
-// twice as fast besides. The batch has no say: it is not to change an image's result.
-int64_t least_tiles(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 32; }
-
 // Tiles go through in chunks, whose operands stay in a cache. From 64 rows on, oneDNN may want the
 // weights in another layout than below: one packing has to serve every chunk.
 constexpr int64_t kLargestChunk = 56;
@@ -127,7 +122,8 @@ void FrozenConvolution::run_winograd(const Feature& x, const Feature& y) const {
 }
 
 Feature FrozenConvolution::run(const Feature& x, const std::optional<Feature>& out) const {
-  if (winograd && cpu::winograd_tiles(1, x.h, x.w) >= least_tiles(x.tensor.scalar_type())) {
+  // The batch has no say: it is not to change an image's result.
+  if (winograd && cpu::winograd_tiles(1, x.h, x.w) >= least_tiles) {
     const Feature y = out ? *out : Feature(empty_nhwc(x.tensor, x.n, weight.size(0), x.h, x.w));
     run_winograd(x, y);
     return y;

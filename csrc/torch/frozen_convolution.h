@@ -31,6 +31,7 @@ struct FrozenConvolution {
 
   Tensor weight;                   // [K, C, R, S], as it is or packed by oneDNN
   std::optional<Tensor> winograd;  // [36 * K, C, 1, 1] float32, likewise: see cpu/winograd.h
+  int64_t least_tiles;             // of an image that goes by Winograd
   Tensor bias;                     // [K]
   std::array<int64_t, 2> stride, padding;
 
