@@ -1,56 +1,34 @@
 """conv2 + conv3 + max pool in one kernel."""
 
-from typing import Any
-
 import pytest
 import torch
-from closeness import assert_as_good_as_eager
 from kernel_devices import (
     ARRANGEMENTS,
-    arranged,
-    assert_margin_untouched,
     each_device,
     kernel_ops,
     kernels_on,
     needs_emulator,
-    torch_device,
 )
-from stem_cases import PRECISIONS, ConvConvPool, Precision, randn
+from stem_cases import (
+    HALF,
+    PRECISIONS,
+    ConvConvPool,
+    Precision,
+    assert_right,
+    counted,
+    each_precision,
+    randn,
+    run,
+)
 from torch import Tensor
 
-HALF = Precision(torch.float16)
 # N, H, W: what images of 15 x 15, 33 x 47 and 64 x 64 give
 SIZES = [(1, 4, 4), (3, 8, 12), (1, 16, 16)]
-
-each_precision = pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 
 
 def activations(n: int, h: int, w: int, dtype: torch.dtype, seed: int = 5) -> Tensor:
     """As the first pool leaves them: not negative, many zero."""
     return randn(n, 64, h, w, seed=seed).relu().to(dtype)
-
-
-def run(
-    x: Tensor,
-    parameters: ConvConvPool,
-    precision: Precision,
-    device: str,
-    arrangement: str = "channels_last",
-    out: str = "channels_last",
-) -> Tensor:
-    n, _, h, w = x.shape
-    source = arranged(x, arrangement, torch_device(device))
-    empty = torch.full((n, 192, h // 2, w // 2), torch.nan, dtype=precision.dtype)
-    y = arranged(empty, out, torch_device(device))
-    arguments = parameters.arguments(precision, torch_device(device))
-    assert kernel_ops(device).stem_conv_conv_pool(source, *arguments, y) is None
-    assert_margin_untouched(y)
-    return y.cpu()
-
-
-def assert_right(y: Tensor, x: Tensor, parameters: ConvConvPool, precision: Precision) -> None:
-    eager = parameters.layers(x, precision, precision.dtype)
-    assert_as_good_as_eager(y, eager, parameters.layers(x, precision, torch.float64))
 
 
 @each_device
@@ -114,13 +92,6 @@ def test_no_images(device):
     with kernels_on(device) as launches:
         assert run(x, parameters, HALF, device).shape == (0, 192, 4, 4)
     assert launches == []
-
-
-def counted(x: Tensor, parameters: ConvConvPool, precision: Precision, **settings: Any):
-    with kernels_on("emulator", **settings) as launches:
-        y = run(x, parameters, precision, "emulator")
-    (launch,) = launches
-    return y, launch
 
 
 @needs_emulator

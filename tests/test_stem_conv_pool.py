@@ -1,55 +1,35 @@
 """conv1 + ReLU + max pool in one kernel, from images of any dtype and layout."""
 
-from typing import Any
-
 import pytest
 import torch
-from closeness import assert_as_good_as_eager
 from kernel_devices import (
     ARRANGEMENTS,
-    arranged,
-    assert_margin_untouched,
     each_device,
     kernel_ops,
     kernels_on,
     needs_emulator,
     torch_device,
 )
-from stem_cases import PRECISIONS, SIZES, ConvPool, Precision, randn
+from stem_cases import (
+    HALF,
+    PRECISIONS,
+    ConvPool,
+    Precision,
+    assert_right,
+    counted,
+    each_precision,
+    randn,
+    run,
+)
 from torch import Tensor
 
-HALF = Precision(torch.float16)
+SIZES = [(1, 15, 15), (3, 33, 47), (1, 64, 64)]  # N, H, W
 IMAGE_DTYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32]
-
-each_precision = pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 
 
 def images(n: int, h: int, w: int, dtype: torch.dtype = torch.float32, seed: int = 5) -> Tensor:
     x = randn(n, 3, h, w, seed=seed)
     return (x * 60 + 128).clamp(0, 255).to(dtype) if dtype == torch.uint8 else x.to(dtype)
-
-
-def run(
-    x: Tensor,
-    parameters: ConvPool,
-    precision: Precision,
-    device: str,
-    arrangement: str = "nchw",
-    out: str = "channels_last",
-) -> Tensor:
-    n, _, h, w = x.shape
-    source = arranged(x, arrangement, torch_device(device))
-    empty = torch.full((n, 64, (h + 1) // 4, (w + 1) // 4), torch.nan, dtype=precision.dtype)
-    y = arranged(empty, out, torch_device(device))
-    arguments = parameters.arguments(precision, torch_device(device))
-    assert kernel_ops(device).stem_conv_pool(source, *arguments, y) is None
-    assert_margin_untouched(y)
-    return y.cpu()
-
-
-def assert_right(y: Tensor, x: Tensor, parameters: ConvPool, precision: Precision) -> None:
-    eager = parameters.layers(x, precision, precision.dtype)
-    assert_as_good_as_eager(y, eager, parameters.layers(x, precision, torch.float64))
 
 
 @each_device
@@ -167,13 +147,6 @@ def test_no_images(device):
     with kernels_on(device) as launches:
         assert run(x, parameters, HALF, device).shape == (0, 64, 8, 8)
     assert launches == []
-
-
-def counted(x: Tensor, parameters: ConvPool, precision: Precision, **settings: Any):
-    with kernels_on("emulator", **settings) as launches:
-        y = run(x, parameters, precision, "emulator")
-    (launch,) = launches
-    return y, launch
 
 
 @needs_emulator
