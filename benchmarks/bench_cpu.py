@@ -58,7 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write the result here")
     args = parser.parse_args(argv)
     if args.quick:
-        args.batch, args.train_batch, args.size, args.rounds = [2], 2, 64, args.rounds or 2
+        args.batch, args.size, args.rounds = [2], 64, args.rounds or 2
     for name, values in (("--batch", args.batch), ("--train-batch", [args.train_batch])):
         if min(values) < 1:
             parser.error(f"{name} should be at least 1")
@@ -110,6 +110,11 @@ def main(argv: list[str] | None = None) -> int:
             run("inference", peers.INFERENCE, dtype, args.rounds or rounds_for(batch))
     if not args.no_train:
         weights = workload.seeded_weights(heads=True)
+        work = workload.decided_workload(weights)
+        judged = {name: peers.TRAINING[name] for name in ("ours", peers.BASELINE)}
+        for dtype in args.train_dtype:
+            run("training check", peers.TRAINING if args.quick else judged, dtype, 2)
+    if not (args.no_train or args.quick):
         work = workload.training_workload(weights, args.train_batch, size=args.size)
         for dtype in args.train_dtype:
             run("training step", peers.TRAINING, dtype, args.rounds or 20)

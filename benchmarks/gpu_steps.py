@@ -156,17 +156,28 @@ def training_compile_step(job: Job) -> Findings:
 def _training(job: Job, *, compiled: bool) -> Findings:
     """The most telling first: a step at batch 128 in mixed precision."""
     on_gpu = job.device.type == "cuda"
+    dtypes = ("fp16", "bf16", "fp32") if on_gpu else (job.dtype,)
     layers = floors.trace(floors.network(), job.size)
-    for batch in (128, 32, 256) if on_gpu else (4,):
-        work = workload.training_workload(
-            job.state_dict(True), batch, size=job.size, device=job.device.type
-        )
-        for dtype in ("fp16", "bf16", "fp32") if on_gpu else (job.dtype,):
+    check = workload.decided_workload(job.state_dict(True), device=job.device.type)
+    if on_gpu and not compiled:
+        for dtype in dtypes:
+            entrants = training_parts.contestants("step", graphs=False, compiled=False)
+            found = scenario.run(
+                "training check", entrants, check, dtype, device=job.device, rounds=2
+            )
+            yield {"scenario": found}
+    for batch in (128, 32, 256) if on_gpu else (None,):
+        work = check
+        if batch is not None:
+            work = workload.training_workload(
+                job.state_dict(True), batch, size=job.size, device=job.device.type
+            )
+        for dtype in dtypes:
             roof = roofs.measure(job.device, scenario.DTYPES[dtype])
             element_size = scenario.DTYPES[dtype].itemsize
             chain = floors_training.stages(layers, "fused", element_size)
             floor = {
-                "floor": floors.seconds(chain, batch, roof),
+                "floor": floors.seconds(chain, len(work.images[0]), roof),
                 "floor_of": f"fused, without the auxiliary heads, {roof.name}",
                 "memory": True,
             }

@@ -8,7 +8,7 @@ from typing import Any
 import devices
 import peers
 import torch
-from timing import COMPANY, Candidate, Result, contest
+from timing import COMPANY, Candidate, Result, contest, largest, together
 from workload import Workload
 
 __all__ = ["DTYPES", "error_limit", "rounds_for", "row", "run", "say", "table"]
@@ -71,6 +71,7 @@ def run(
         warmup=warmup,
         patience=patience,
         limit=partial(error_limit, noise),
+        judge=together if kind.startswith("training") else largest,
         inputs=len(work.images),
         timer=partial(device.seconds, cold=cold),
         probes=_probes(device, memory, batch, kind),

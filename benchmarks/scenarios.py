@@ -154,9 +154,15 @@ def inference(batch: int, options: Options, dtype: str) -> Found:
 
 
 def training(batch: int, options: Options, dtype: str) -> Found:
-    batch = options.batch(batch)
+    """A check on small images that tells wrong gradients from rounding, then the step itself."""
     on_gpu = options.on_gpu
     factories = training_parts.contestants("step") if on_gpu else peers.TRAINING
+    check = workload.decided_workload(options.weights(True), device=options.device.type)
+    judged = {name: factories[name] for name in ("ours", peers.BASELINE)}
+    entrants = factories if options.quick else judged
+    yield _run(options, "training check", entrants, check, dtype, memory=True)
+    if options.quick:
+        return
     work = workload.training_workload(
         options.weights(True), batch, size=options.size, device=options.device.type
     )

@@ -27,8 +27,11 @@ __all__ = [
     "Timing",
     "contest",
     "interleave",
+    "largest",
     "relative_error",
+    "relative_errors",
     "summarize",
+    "together",
 ]
 
 Call = Callable[[int], Any]  # call(i) runs the contestant on input number i
@@ -200,8 +203,8 @@ def interleave(
     return timing
 
 
-def relative_error(output: Any, reference: Sequence[Tensor] | Tensor) -> float:
-    """``|output - reference| / |reference|`` in the 2-norm; of a list of Tensors, the largest.
+def relative_errors(output: Any, reference: Sequence[Tensor] | Tensor) -> list[float]:
+    """``|output - reference| / |reference|`` in the 2-norm, of each Tensor of a list.
 
     The 2-norm, because the largest single difference says little about a gradient: where rounding
     moves one activation across the kink of a ReLU or to another winner of a max pool, single
@@ -213,16 +216,37 @@ def relative_error(output: Any, reference: Sequence[Tensor] | Tensor) -> float:
     """
     if isinstance(reference, Tensor):
         output, reference = [output], [reference]
-    worst = 0.0
+    errors = []
     for got, want in zip(output, reference, strict=True):
         got = torch.as_tensor(got).detach().to(want.device).double()
         if got.shape != want.shape:
             raise ValueError(f"output is {list(got.shape)}, the reference {list(want.shape)}")
-        error = ((got - want).norm() / want.norm()).item()
-        worst = max(worst, error) if error == error else float("nan")
-        if worst != worst:
-            break
-    return worst
+        errors.append(((got - want).norm() / want.norm()).item())
+    return errors
+
+
+def relative_error(output: Any, reference: Sequence[Tensor] | Tensor) -> float:
+    """The largest of :func:`relative_errors`; NaN where one of them is."""
+    return largest([relative_errors(output, reference)])
+
+
+def largest(errors: Sequence[Sequence[float]]) -> float:
+    """The largest error of any result on any input; NaN where one is."""
+    return max((error for one in errors for error in one), key=_nan_last)
+
+
+def together(errors: Sequence[Sequence[float]]) -> float:
+    """Root mean square over the inputs, the largest of any result; NaN where one is.
+
+    For gradients, whose errors differ from input to input by more than between implementations:
+    how many ReLUs and max pools rounding decides is chance.
+    """
+    squares = (statistics.fmean(e * e for e in over) for over in zip(*errors, strict=True))
+    return max((square**0.5 for square in squares), key=_nan_last)
+
+
+def _nan_last(error: float) -> float:
+    return error if error == error else float("inf")
 
 
 def contest(
@@ -231,6 +255,7 @@ def contest(
     *,
     rounds: int,
     limit: Callable[[Mapping[str, float | None]], float],
+    judge: Callable[[Sequence[Sequence[float]]], float] = largest,
     inputs: int | None = None,
     warmup: int = 2,
     patience: float = 0.0,
@@ -248,6 +273,8 @@ def contest(
         rounds, warmup, patience, timer, progress: as in :func:`interleave`.
         probes: further figures by name, each taken from a call on the first input.
         limit: from the errors of all contestants by name to the largest error that is right.
+        judge: from a contestant's errors, by input and result, to one: :func:`largest` or
+            :func:`together`.
         inputs: how many inputs the calls rotate over; default: those with a reference.
         announce: called with a line before each slow step.
     """
@@ -259,14 +286,14 @@ def contest(
         try:
             call = candidate.make()
             outputs = [call(i) for i in range(len(references))]
-            errors = [relative_error(*pair) for pair in zip(outputs, references, strict=True)]
+            errors = [relative_errors(*pair) for pair in zip(outputs, references, strict=True)]
             del outputs
             for name, probe in (probes or {}).items():
                 result.probed[name] = probe(partial(call, 0))
         except Exception as error:  # whatever a peer raises is a reason, not the end of the run
             result.reason = _one_line(error)
             continue
-        result.error = max(errors) if all(e == e for e in errors) else float("nan")
+        result.error = judge(errors)
         calls[candidate.name] = call
 
     announce(f"timing {len(calls)} contestants, {rounds} rounds")

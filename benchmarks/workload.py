@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from decisions import settle
 from torch import Tensor, nn
 
 __all__ = [
     "Workload",
+    "decided_workload",
     "inference_workload",
     "torchvision_googlenet",
     "training_workload",
@@ -147,27 +149,60 @@ def training_workload(
     batch: int,
     *,
     size: int = SIZE,
-    inputs: int = 2,
-    checked: int = 1,
+    inputs: int = 3,
+    checked: int = 3,
     device: str = "cpu",
 ) -> Workload:
     """Loss and gradients of a training step with both heads."""
+    pictures = [x.to(device) for x in images(batch, inputs, seed=200 + batch, size=size)]
+    work = Workload(state_dict, pictures, _labels(pictures, 300 + batch), [], heads=True)
+    work.references = [_step(work, i) for i in range(checked)]
+    return work
+
+
+def decided_workload(
+    state_dict: dict[str, Tensor],
+    *,
+    batch: int = 2,
+    size: int = 33,
+    seed: int = 0,
+    candidates: int = 8,
+    device: str = "cpu",
+) -> Workload:
+    """A training step in which rounding decides no ReLU and no max pool, see :mod:`decisions`.
+
+    Of as many batches as ``candidates`` it is the one whose max pools decide by the widest margin.
+    """
+    best, margin = None, 0.0
+    for i in range(candidates):
+        x = images(batch, 1, seed=1000 * seed + i, size=size)[0].to(device)
+        work = Workload(state_dict, [x], _labels([x], 1000 * seed + i), [], heads=True)
+        model = work.model(torchvision_googlenet()).double()
+        with untuned():
+            found = settle(model, x.double())
+        if best is None or found > margin:
+            best, margin = work, found
+            shifts = {k: p for k, p in model.named_parameters() if k.endswith("bn.bias")}
+            best.state_dict = state_dict | {k: p.detach().float() for k, p in shifts.items()}
+    assert best is not None
+    best.references = [_step(best, 0)]
+    return best
+
+
+def _labels(pictures: list[Tensor], seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 1000, (len(x),), generator=generator).to(x.device) for x in pictures]
+
+
+def _step(work: Workload, i: int) -> list[Tensor]:
+    """Loss and gradients in float64."""
     from inception_ext import GoogLeNetLoss
 
-    pictures = [x.to(device) for x in images(batch, inputs, seed=200 + batch, size=size)]
-    generator = torch.Generator().manual_seed(300 + batch)
-    labels = [torch.randint(0, 1000, (batch,), generator=generator).to(device) for _ in pictures]
-    work = Workload(state_dict, pictures, labels, [], heads=True)
-    criterion = GoogLeNetLoss()
-    references = []
-    for x, y in zip(pictures[:checked], labels[:checked], strict=True):
-        model = work.model(_ours()).double()
-        with untuned():
-            loss = criterion(model(x.double()), y)
-            loss.backward()
-        references.append([loss.detach(), *(p.grad for p in model.parameters())])
-    work.references = references
-    return work
+    model = work.model(_ours()).double()
+    with untuned():
+        loss = GoogLeNetLoss()(model(work.images[i].double()), work.labels[i])
+        loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]  # type: ignore[list-item]
 
 
 def _ours() -> Callable[..., nn.Module]:

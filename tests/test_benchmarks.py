@@ -113,6 +113,15 @@ def test_relative_error(timing):
         timing.relative_error(torch.ones(1), want)
 
 
+def test_errors_over_inputs(timing):
+    errors = [[3.0, 1.0], [4.0, 7.0]]  # two inputs, two results
+    assert timing.largest(errors) == 7
+    assert timing.together(errors) == pytest.approx(25**0.5)
+    assert timing.together([[3.0, 0.0], [4.0, 0.0]]) == pytest.approx(12.5**0.5)
+    for judge in (timing.largest, timing.together):
+        assert math.isnan(judge([[1.0, 2.0], [float("nan"), 1.0]]))
+
+
 def test_contest_checks_then_times_and_drops_nobody(timing):
     want = [torch.ones(2, dtype=torch.float64), torch.full((2,), 2.0, dtype=torch.float64)]
     buffer = torch.empty(2)
@@ -181,7 +190,7 @@ def test_bench_cpu_quick(tmp_path):
     assert kinds == [
         ("inference", "fp32", 2),
         ("inference", "bf16", 2),
-        ("training step", "fp32", 2),
+        ("training check", "fp32", 2),
     ]
     for scenario in result["scenarios"]:
         assert "others_cores" in scenario
