@@ -1,5 +1,6 @@
 """Fixtures that the tests share."""
 
+import copy
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -7,6 +8,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from engine_cases import make_models
+from gate_cases import make_block
 from torch import Tensor, nn
 
 import inception_ext
@@ -77,3 +80,21 @@ def hub_dir(tmp_path, monkeypatch) -> Iterator[str]:
     directory = tmp_path / "hub" / "checkpoints"
     directory.mkdir(parents=True)
     yield str(directory)
+
+
+@pytest.fixture
+def block() -> nn.Module:
+    """An Inception module whose every channel passes a signal on."""
+    return make_block()
+
+
+@pytest.fixture(scope="session")
+def models(tv_googlenet: ModuleType) -> dict[str, nn.Module]:
+    """A GoogLeNet of each kind, in evaluation mode; not to be changed."""
+    return make_models(tv_googlenet)
+
+
+@pytest.fixture
+def model(models: dict[str, nn.Module]) -> nn.Module:
+    """A GoogLeNet that a test may change."""
+    return copy.deepcopy(models["ours"])

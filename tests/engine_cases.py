@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from closeness import assert_network_as_good_as_eager
 from fast_path import generator
-from kernel_devices import torch_device
+from kernel_devices import kernels_on, torch_device
 from torch import Tensor, nn
 
 import inception_ext
 from inception_ext import functional
 from inception_ext.bvlc import BVLCGoogLeNet
-from inception_ext.engine import Engine
+from inception_ext.engine import Engine, freeze
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -102,3 +102,18 @@ def to_device(x: Tensor, device: str) -> Tensor:
         return x
     y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=torch_device(device))
     return y.copy_(x)
+
+
+class OnCPU:
+    """An engine on any device, for tensors of the CPU."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None, device: str) -> None:
+        self.device = device
+        self.model = copy.deepcopy(model).to(torch_device(device))
+        with kernels_on(device):
+            self.engine = freeze(self.model, dtype)
+        self.dtype = self.engine.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with kernels_on(self.device):
+            return self.engine(to_device(x, self.device)).cpu()

@@ -10,14 +10,16 @@ import torch
 from closeness import (
     BLOCK_NOISE_FLOOR,
     assert_all_as_good_as_eager,
+    assert_as_good_as_eager,
     assert_network_as_good_as_eager,
 )
 from fast_path import randn
 from kernel_devices import each_device, exact_products, kernels_on, needs_emulator, torch_device
+from ops_cases import as_leaf
 from test_avg_pool_and_lrn import eager_lrn
-from test_ops import as_leaf
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from training_cases import assert_equal
 
 from inception_ext import BasicConv2d, Inception, InceptionAux
 from inception_ext._conv_relu import conv_relu_chain
@@ -136,8 +138,7 @@ def test_a_head_compiled_with_fullgraph(head):
     torch.compiler.reset()
     assert {"aux_pool_forward", "aux_pool_backward"} <= {launch["op"] for launch in launches}
     with emulated():
-        plain = step(module, x)
-    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+        assert_equal(ours, step(module, x))
 
 
 # The network of 2014
@@ -236,7 +237,8 @@ def test_other_pools_behind_a_chain(pool):
     blocks = [ConvReLU(16, 8, kernel_size=1)]
     with emulated() as launches:
         y = conv_relu_chain(blocks, pool, x)
-    torch.testing.assert_close(y, pool(blocks[0](x)), rtol=1e-5, atol=1e-6)
+    exact = pool(copy.deepcopy(blocks[0]).double()(x.double()))
+    assert_as_good_as_eager(y, pool(blocks[0](x)), exact, BLOCK_NOISE_FLOOR)
     assert {launch["op"] for launch in launches} == {"conv_chain_forward"}
 
 
@@ -268,7 +270,11 @@ def test_changed_modules_of_the_paper_do_not_run_as_one(change):
     module.load_state_dict(state)
     with use_kernels(False):
         plain = step(module, x)
-    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+    twin = conv_relu_module()
+    CHANGES[change](twin)
+    twin.load_state_dict(state)
+    exact = step(twin.double(), x.double())
+    assert_all_as_good_as_eager(ours, plain, exact, BLOCK_NOISE_FLOOR)
 
 
 @needs_emulator
@@ -288,7 +294,7 @@ def test_the_paper_under_autocast():
     with emulated():
         y.sum().backward()
     assert y.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(y, expected, rtol=3e-2, atol=3e-2)
+    assert_as_good_as_eager(y, expected, copy.deepcopy(module).double()(x.double()))
     assert {launch["op"] for launch in launches} == {"inception_forward"}
     assert "inception_forward" not in {launch["op"] for launch in of_float32}
     assert y1.dtype == torch.bfloat16
@@ -298,10 +304,10 @@ def test_the_paper_under_autocast():
 
 @needs_emulator
 def test_double_backward_through_the_paper():
-    module = conv_relu_module()
 
-    def penalty() -> Tensor:
-        x = randn(2, 16, 5, 4).requires_grad_()
+    def penalty(dtype: torch.dtype = torch.float32) -> Tensor:
+        module = conv_relu_module().to(dtype)
+        x = randn(2, 16, 5, 4, dtype=dtype).requires_grad_()
         (dx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
         return torch.autograd.grad(dx.square().sum(), x)[0]
 
@@ -309,7 +315,7 @@ def test_double_backward_through_the_paper():
         ours = penalty()
     with use_kernels(False):
         eager = penalty()
-    torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-4)
+    assert_as_good_as_eager(ours, eager, penalty(torch.float64), BLOCK_NOISE_FLOOR)
 
 
 @needs_emulator
@@ -324,7 +330,7 @@ def test_the_paper_compiled_with_fullgraph(kind):
     torch.compiler.reset()
     assert {launch["op"] for launch in launches} == (BLOCK_OPS if kind == "module" else CHAIN_OPS)
     with emulated():
-        torch.testing.assert_close(ours, step(module, x), rtol=1e-4, atol=1e-5)
+        assert_equal(ours, step(module, x))
 
 
 @needs_emulator

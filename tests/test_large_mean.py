@@ -11,7 +11,7 @@ import torch
 from closeness import BLOCK_NOISE_FLOOR, NOISE_FLOOR_EPS, assert_all_as_good_as_eager
 from fast_path import CHANNELS, bn_tensors, inception_tensors, output_of, randn
 from kernel_devices import each_device, exact_products, kernels_on, torch_device
-from test_ops import bn_results, inception_results, to_double
+from ops_cases import bn_results, inception_results, to_double
 from test_training_kernels import chain_results
 from torch import Tensor
 from torch.utils._pytree import tree_map_only

@@ -4,7 +4,6 @@ Results are held to the float64 reference, as closely as eager PyTorch in the sa
 every gradient, running statistics. The Inception module alone, in float64, is test_reference.py's.
 """
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,71 +18,42 @@ from closeness import (
 from fast_path import (
     ALL_ARRANGEMENTS,
     ARRANGEMENTS,
-    CALLS,
     CHANNELS,
     DTYPES,
     CalledOps,
     bn_tensors,
     generator,
     inception_tensors,
-    op_calls,
-    op_of,
     output_of,
     randn,
-    strides,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops_cases import (
+    POOLS,
+    SCALE,
+    SHIFT,
+    Arrange,
+    as_leaf,
+    bn_results,
+    each_arrangement,
+    each_branch3,
+    each_dtype,
+    each_mode,
+    each_module,
+    each_shape,
+    inception_results,
+    ops,
+    pool_results,
+    pooled_like,
+    to_double,
+)
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import gradcheck, gradgradcheck
-from torch.utils._pytree import tree_flatten, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._pytree import tree_map_only
 
 from inception_ext import autograd, functional, reference
 
-ops = torch.ops.inception_ext
-
-Arrange = Callable[[Tensor], Tensor]
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-each_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-each_arrangement = pytest.mark.parametrize("arrangement", ALL_ARRANGEMENTS)
-
-# [N, C, H, W]: odd channels, rows and columns of one, batches of one and of none
-SHAPES = [
-    (3, 17, 7, 5),
-    (2, 1, 4, 6),
-    (1, 3, 1, 9),
-    (3, 5, 8, 1),
-    (3, 24, 1, 1),
-    (1, 64, 14, 14),
-    (0, 8, 5, 5),
-]
-each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-
-
-def as_leaf(x: Tensor) -> Tensor:
-    """The same memory as a leaf of a new graph."""
-    return x.detach().requires_grad_()
-
-
 # Max pool
-
-POOLS = [
-    (3, 2, 0, True),
-    (3, 1, 1, True),
-    (2, 2, 0, True),
-    ((2, 3), (1, 2), (1, 0), False),
-    (5, 3, 2, False),
-]
-
-
-def pool_results(library: Any, x: Tensor, grad: Tensor, pool: tuple) -> dict[str, Tensor]:
-    leaf = as_leaf(x)
-    y = library.max_pool(leaf, *pool)
-    y.backward(grad)
-    return {"y": y.detach(), "dx": leaf.grad}
 
 
 def compiled_max_pool(x: Tensor, *pool: Any) -> Tensor:
@@ -109,11 +79,6 @@ def check_pool(x: Tensor, grad: Tensor, pool: tuple) -> None:
         torch.testing.assert_close(
             functional.max_pool(x, *pool), eager["y"], rtol=0, atol=0, equal_nan=True
         )
-
-
-def pooled_like(x: Tensor, pool: tuple, seed: int = 1) -> Tensor:
-    y = reference.max_pool(x, *pool)
-    return randn(*y.shape, seed=seed, dtype=x.dtype)
 
 
 @each_dtype
@@ -195,31 +160,6 @@ def test_max_pool_with_any_window(case):
 
 
 # Batch norm + ReLU
-
-
-def bn_results(
-    library: Any,
-    x: Tensor,
-    tensors: dict[str, Tensor],
-    grad: Tensor,
-    training: bool,
-    momentum: float = 0.1,
-    eps: float = 1e-3,
-) -> dict[str, Tensor]:
-    leaf = as_leaf(x)
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    weight, bias = as_leaf(tensors["weight"]), as_leaf(tensors["bias"])
-    mean, var = tensors["running_mean"], tensors["running_var"]
-    y = library.batch_norm_relu(leaf, weight, bias, mean, var, training, momentum, eps)
-    y.backward(grad)
-    return {
-        "y": y.detach(),
-        "dx": leaf.grad,
-        "dweight": weight.grad,
-        "dbias": bias.grad,
-        "running_mean": mean,
-        "running_var": var,
-    }
 
 
 def check_bn(
@@ -334,37 +274,6 @@ def test_batch_norm_relu_keeps_nan_and_infinities(training, dtype):
 
 
 # Inception
-
-each_module = pytest.mark.parametrize("channels", CHANNELS)
-each_branch3 = pytest.mark.parametrize("branch3", [3, 5])
-
-
-def inception_results(
-    library: Any,
-    x: Tensor,
-    tensors: dict[str, list[Tensor]],
-    grad: Tensor,
-    training: bool,
-    momentum: float = 0.1,
-    eps: float = 1e-3,
-) -> dict[str, Tensor]:
-    leaf = as_leaf(x)
-    leaves = {k: [as_leaf(t.clone()) for t in tensors[k]] for k in list(tensors)[:3]}
-    statistics = {k: [t.clone() for t in tensors[k]] for k in list(tensors)[3:]}
-    y = library.inception(leaf, *leaves.values(), *statistics.values(), training, momentum, eps)
-    y.backward(grad)
-    # The vectors of all six together: one of a single channel is nothing to measure errors by.
-    return {
-        "y": y.detach(),
-        "dx": leaf.grad,
-        **{f"dconv_weights[{i}]": t.grad for i, t in enumerate(leaves["conv_weights"])},
-        **{f"d{name}": torch.cat([t.grad for t in leaves[name]]) for name in ("weights", "biases")},
-        **{name: torch.cat(list_) for name, list_ in statistics.items()},
-    }
-
-
-def to_double(values: Any) -> Any:
-    return tree_map_only(Tensor, Tensor.double, values)
 
 
 def check_inception(
@@ -522,9 +431,6 @@ def test_inception_with_a_large_mean():
 
 # Images and copies
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SCALE, SHIFT = [1 / (255 * s) for s in STD], [-m / s for m, s in zip(MEAN, STD, strict=True)]
-
 
 def images(n: int, h: int, w: int) -> Tensor:
     return torch.randint(0, 256, (n, 3, h, w), generator=generator(3), dtype=torch.uint8)
@@ -577,239 +483,3 @@ def test_copy_channels(offset, arrangement, dtype):
         ops.copy_channels(wide, arranged, offset)
         assert torch.equal(wide[:, offset : offset + 5], arranged)
         assert wide[:, :offset].isnan().all() and wide[:, offset + 5 :].isnan().all()
-
-
-# Repeats and threads
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-def equal_results(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
-@each_dtype
-def test_results_do_not_depend_on_the_number_of_threads(two_threads, dtype):
-    x, grad = randn(4, 40, 33, 30, dtype=dtype), randn(4, 40, 33, 30, seed=1, dtype=dtype)
-    pool_grad = pooled_like(x, POOLS[0])
-
-    def results() -> dict[str, Tensor]:
-        return {
-            **bn_results(functional, x, bn_tensors(40), grad, True),
-            **{f"pool {k}": v for k, v in pool_results(functional, x, pool_grad, POOLS[0]).items()},
-            "image": ops.image_to_nhwc(x[:, :3], SCALE, SHIFT, dtype),
-        }
-
-    two = results()
-    assert equal_results(results(), two)
-    torch.set_num_threads(1)
-    assert equal_results(results(), two)
-
-
-@each_dtype
-@each_mode
-def test_inception_repeats_bit_for_bit(training, dtype):
-    x = randn(2, 24, 14, 14, dtype=dtype)
-    grad = randn(2, output_of("even"), 14, 14, seed=1, dtype=dtype)
-    tensors = inception_tensors("even", dtype=dtype)
-    first = inception_results(functional, x, tensors, grad, training)
-    for _ in range(3):
-        assert equal_results(inception_results(functional, x, tensors, grad, training), first)
-
-
-# Manners of custom ops
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("name", CALLS)
-def test_opcheck(name, requires_grad):
-    arguments = op_calls()[name]
-    if requires_grad:
-        # All but what the op writes to: the output, the last two of the statistics.
-        schema = op_of(name)._schema.arguments
-        written = [a.alias_info is not None and a.alias_info.is_write for a in schema]
-        arguments = tuple(
-            value
-            if write
-            else tree_map_only(Tensor, lambda t: as_leaf(t) if t.is_floating_point() else t, value)
-            for value, write in zip(arguments, written, strict=True)
-        )
-    torch.library.opcheck(op_of(name), arguments)
-
-
-@each_dtype
-@pytest.mark.parametrize(
-    "size",
-    [(2, 6, 5), (0, 6, 5), (1, 1, 1), (2, 1, 7), (3, 8, 1)],
-    ids=lambda s: "x".join(map(str, s)),
-)
-@pytest.mark.parametrize("arrangement", ["nchw", "channels_last", "channel_slice", "transposed"])
-def test_fake_results_look_like_the_real_ones(arrangement, size, dtype):
-    def arrange(t: Tensor) -> Tensor:
-        return ARRANGEMENTS[arrangement](t) if t.dim() == 4 and t.is_floating_point() else t
-
-    for name, arguments in op_calls(dtype, size).items():
-        if name == "copy_channels":
-            continue  # returns nothing
-        arguments = tree_map_only(Tensor, arrange, arguments)
-        real = op_of(name)(*arguments)
-        with FakeTensorMode() as mode:
-            fake = op_of(name)(*tree_map_only(Tensor, mode.from_tensor, arguments))
-        for a, b in zip(tree_flatten(fake)[0], tree_flatten(real)[0], strict=True):
-            assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device), name
-            assert strides(a) == strides(b), name
-
-
-@pytest.mark.parametrize("ceil_mode", [False, True])
-def test_fake_max_pool_has_the_real_size(ceil_mode):
-    for kernel, stride, padding, size in (
-        *((3, 2, 0, 9), (3, 2, 0, 10), (3, 2, 1, 10), (3, 1, 1, 1)),
-        *((2, 2, 0, 7), (2, 4, 1, 9), (1, 3, 0, 8)),
-    ):
-        x = torch.randn(2, 3, size, size + 1)
-        window = ([kernel] * 2, [stride] * 2, [padding] * 2, ceil_mode)
-        real = ops.max_pool_forward(x, *window, True)
-        fake = ops.max_pool_forward(x.to("meta"), *window, True)
-        assert [t.shape for t in fake] == [t.shape for t in real]
-        assert [strides(t) for t in fake] == [strides(t) for t in real]
-
-
-@each_branch3
-@pytest.mark.parametrize("needs", ["all", "no input", "no weight", "only 3x3"])
-def test_flops_are_those_of_the_reference(needs, branch3):
-    def count(library: Any) -> int:
-        tensors = inception_tensors(branch3=branch3)
-        x = randn(2, 17, 7, 6).requires_grad_(needs in ("all", "no weight"))
-        for i, weight in enumerate(tensors["conv_weights"]):
-            weight.requires_grad_(needs in ("all", "no input") or (needs == "only 3x3" and i == 2))
-        for bias in tensors["biases"]:
-            bias.requires_grad_()
-        with FlopCounterMode(display=False) as counter:
-            library.inception(x, *tensors.values(), True, 0.1, 1e-3).sum().backward()
-        return counter.get_total_flops()
-
-    assert count(functional) == count(reference) > 0
-
-
-# Derivatives of first and second order
-
-
-def bn_call(library: Any, training: bool, dtype: torch.dtype = torch.float64):
-    tensors = {name: tensor.to(dtype) for name, tensor in bn_tensors(3).items()}
-    mean, var = tensors["running_mean"], tensors["running_var"]
-
-    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        statistics = (mean.clone(), var.clone())
-        return library.batch_norm_relu(x, weight, bias, *statistics, training, 0.1, 1e-3)
-
-    return call, [randn(2, 3, 3, 2, dtype=dtype), tensors["weight"], tensors["bias"]]
-
-
-def inception_call(library: Any, training: bool, dtype: torch.dtype, branch3: int = 3):
-    tensors = tree_map_only(Tensor, lambda t: t.to(dtype), inception_tensors(branch3=branch3))
-    statistics = list(tensors.values())[3:]
-
-    def call(x: Tensor, *leaves: Tensor) -> Tensor:
-        own = [[t.clone() for t in list_] for list_ in statistics]
-        lists = (leaves[:6], leaves[6:12], leaves[12:])
-        return library.inception(x, *lists, *own, training, 0.1, 1e-3)
-
-    leaves = [t for list_ in list(tensors.values())[:3] for t in list_]
-    return call, [randn(2, 17, 4, 3, dtype=dtype), *leaves]
-
-
-def pool_call(library: Any, training: bool, dtype: torch.dtype = torch.float64):
-    return (lambda x: library.max_pool(x, 3, 2, 1, True)), [randn(2, 3, 5, 6, dtype=dtype)]
-
-
-LIBRARY_CALLS = {"max_pool": pool_call, "batch_norm_relu": bn_call, "inception": inception_call}
-
-
-@each_mode
-@pytest.mark.parametrize("op", ["max_pool", "batch_norm_relu"])
-def test_gradcheck(op, training):
-    """In float64, where the functions take the reference path."""
-    call, inputs = LIBRARY_CALLS[op](functional, training, torch.float64)
-    leaves = [as_leaf(t) for t in inputs]
-    with CalledOps() as called:
-        assert gradcheck(call, leaves)
-        assert gradgradcheck(call, leaves)
-    assert called.names == []
-
-
-@each_mode
-@each_branch3
-def test_gradcheck_of_inception(branch3, training):
-    call, inputs = inception_call(functional, training, torch.float64, branch3)
-    leaves = [as_leaf(t) for t in inputs]
-    assert gradcheck(call, leaves, fast_mode=True)
-    assert gradgradcheck(call, leaves, fast_mode=True)
-
-
-def second_order(call: Any, inputs: list[Tensor]) -> dict[str, Tensor]:
-    """Gradients, and the gradients of a function of them."""
-    leaves = [as_leaf(t) for t in inputs]
-    y = call(*leaves)
-    grad = as_leaf(randn(*y.shape, seed=5).to(y.dtype))
-    first = torch.autograd.grad(y, leaves, grad, create_graph=True)
-    penalty = sum((g * randn(*g.shape, seed=6).to(g.dtype)).square().sum() for g in first)
-    second = torch.autograd.grad(
-        penalty, [*leaves, grad], allow_unused=True, materialize_grads=True
-    )
-    results = {f"first {i}": g.detach() for i, g in enumerate(first)}
-    return results | {f"second {i}": g for i, g in enumerate(second)}
-
-
-@each_mode
-@pytest.mark.parametrize("op", LIBRARY_CALLS)
-def test_second_order(op, training):
-    ours, eager, exact = (
-        second_order(*LIBRARY_CALLS[op](library, training, dtype))
-        for library, dtype in (
-            (functional, torch.float32),
-            (reference, torch.float32),
-            (reference, torch.float64),
-        )
-    )
-    assert_all_as_good_as_eager(ours, eager, exact)
-
-
-@each_mode
-@pytest.mark.parametrize("op", LIBRARY_CALLS)
-def test_create_graph_gives_the_gradients_of_a_plain_backward(op, training):
-    call, inputs = LIBRARY_CALLS[op](functional, training, torch.float32)
-    leaves = [as_leaf(t) for t in inputs]
-    with CalledOps() as called:
-        y = call(*leaves)
-        torch.autograd.grad(y.sum(), leaves, create_graph=True)
-    assert called.names == [f"{op}_forward"]  # no backward op: it has no derivative
-    call, _ = LIBRARY_CALLS[op](functional, training, torch.float32)
-    plain = torch.autograd.grad(call(*leaves).sum(), leaves)
-    graph = torch.autograd.grad(y.sum(), leaves, create_graph=True)
-    torch.testing.assert_close([g.detach() for g in graph], list(plain))
-
-
-@each_mode
-def test_create_graph_with_parameters_made_from_the_input(training):
-    """Gradients of the op alone: what flows through the parameters is autograd's to add."""
-    results = []
-    for library, dtype in (
-        (functional, torch.float32),
-        (reference, torch.float32),
-        (reference, torch.float64),
-    ):
-        tensors = {name: tensor.to(dtype) for name, tensor in bn_tensors(3).items()}
-        x = as_leaf(randn(2, 3, 3, 2, dtype=dtype))
-        weight = x.square().mean((0, 2, 3))
-        statistics = (tensors["running_mean"], tensors["running_var"])
-        y = library.batch_norm_relu(x, weight, weight, *statistics, training, 0.1, 1e-3)
-        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        (second,) = torch.autograd.grad(first.square().sum(), x)
-        results.append({"first": first.detach(), "second": second})
-    assert_all_as_good_as_eager(*results)

@@ -5,7 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import BLOCK_NOISE_FLOOR, NOISE_FLOOR_EPS, assert_all_as_good_as_eager
+from closeness import (
+    BLOCK_NOISE_FLOOR,
+    NOISE_FLOOR_EPS,
+    assert_all_as_good_as_eager,
+    assert_as_good_as_eager,
+)
 from fast_path import CHANNELS, bn_tensors, inception_tensors, output_of, randn
 from kernel_devices import (
     each_device,
@@ -16,7 +21,7 @@ from kernel_devices import (
     needs_emulator,
     torch_device,
 )
-from test_ops import as_leaf, inception_results, to_double
+from ops_cases import as_leaf, inception_results, to_double
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -224,10 +229,9 @@ def test_no_images(device):
 
 @needs_emulator
 def test_double_backward_takes_the_reference():
-    block = module().double().eval().float()
-    x = as_leaf(randn(1, 24, 4, 4))
 
-    def penalty() -> Tensor:
+    def penalty(dtype: torch.dtype = torch.float32) -> Tensor:
+        block, x = module().eval().to(dtype), as_leaf(randn(1, 24, 4, 4, dtype=dtype))
         (dx,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
         return torch.autograd.grad(dx.square().sum(), x)[0]
 
@@ -235,7 +239,7 @@ def test_double_backward_takes_the_reference():
         ours = penalty()
     with functional.use_kernels(False):
         eager = penalty()
-    torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-4)
+    assert_as_good_as_eager(ours, eager, penalty(torch.float64), BLOCK_NOISE_FLOOR)
 
 
 @needs_emulator

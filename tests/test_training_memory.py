@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from fast_path import randn
+from gate_cases import resident_bytes, saved_storages
 from kernel_devices import needs_emulator
-from test_gate import resident_bytes, saved_storages
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from training_cases import assert_equal, gradients, small_googlenet
