@@ -84,10 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_forward(Tensor x, Tensor weig
                                                            int64_t group_size) {
   static constexpr const char* op = "batch_norm_relu_forward";
   const NoGrad no_grad;
-  Argument{op, "x", x}
-      .is_dense_of(/*cuda=*/false)
-      .has_dim(4)
-      .has_dtype({ScalarType::Float, ScalarType::BFloat16});
+  check_cpu_activation({op, "x", x});
   const int64_t channels = x.size(1);
   const Parameter gamma(op, "weight", weight, channels);
   const Parameter beta(op, "bias", bias, channels);
@@ -134,10 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(Tensor grad, Tensor 
                                                             int64_t group_size) {
   static constexpr const char* op = "batch_norm_relu_backward";
   const NoGrad no_grad;
-  Argument{op, "x", x}
-      .is_dense_of(/*cuda=*/false)
-      .has_dim(4)
-      .has_dtype({ScalarType::Float, ScalarType::BFloat16});
+  check_cpu_activation({op, "x", x});
   const int64_t channels = x.size(1);
   Argument{op, "grad", grad}
       .is_dense_of(/*cuda=*/false)

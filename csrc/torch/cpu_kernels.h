@@ -49,4 +49,11 @@ inline cpu::DType cpu_dtype(ScalarType dtype) {
 
 inline cpu::DType cpu_dtype(const Tensor& x) { return cpu_dtype(x.scalar_type()); }
 
+// An activation of the CPU kernels: [N, C, H, W], float32 or bfloat16.
+inline void check_cpu_activation(const Argument& argument) {
+  argument.is_dense_of(/*cuda=*/false)
+      .has_dim(4)
+      .has_dtype({ScalarType::Float, ScalarType::BFloat16});
+}
+
 }  // namespace inception_ext

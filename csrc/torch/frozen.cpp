@@ -308,10 +308,7 @@ class Chain {
 Tensor frozen_forward(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases,
                       std::vector<int64_t> plan, int64_t images) {
   const NoGrad no_grad;
-  Argument{kOp, "x", x}
-      .is_dense_of(/*cuda=*/false)
-      .has_dim(4)
-      .has_dtype({ScalarType::Float, ScalarType::BFloat16});
+  check_cpu_activation({kOp, "x", x});
   if (images < 1) fail(kOp, "images", "expected at least 1, got ", images);
   Chain chain(torch::stable::contiguous(x, MemoryFormat::ChannelsLast),
               Plan(x, std::move(weights), std::move(biases), std::move(plan)).steps());

@@ -51,11 +51,8 @@ Tensor image_to_nhwc(Tensor x, std::vector<double> scale, std::vector<double> sh
 
 void copy_channels(Tensor y, Tensor x, int64_t offset) {
   static constexpr const char* op = "copy_channels";
-  for (const Argument& argument : {Argument{op, "y", y}, Argument{op, "x", x}}) {
-    argument.is_dense_of(/*cuda=*/false)
-        .has_dim(4)
-        .has_dtype({ScalarType::Float, ScalarType::BFloat16});
-  }
+  check_cpu_activation({op, "y", y});
+  check_cpu_activation({op, "x", x});
   Argument{op, "x", x}
       .has_dtype({y.scalar_type()})
       .has_shape({y.size(0), x.size(1), y.size(2), y.size(3)});

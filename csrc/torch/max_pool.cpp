@@ -32,30 +32,28 @@ cpu::MaxPoolShape same_size_pool(const Tensor& x) {
 
 void max_pool_pixels(const cpu::MaxPoolShape& shape, const Pixels& x, const Pixels& y,
                      uint8_t* argmax, ScalarType dtype) {
-  cpu::max_pool_forward(
-      {.shape = shape,
-       .x = x.data,
-       .x_stride = x.stride,
-       .y = y.data,
-       .y_stride = y.stride,
-       .argmax = argmax,
-       .dtype = dtype == ScalarType::Float ? cpu::DType::kFloat32 : cpu::DType::kBFloat16,
-       .parallel = torch_threads});
+  cpu::max_pool_forward({.shape = shape,
+                         .x = x.data,
+                         .x_stride = x.stride,
+                         .y = y.data,
+                         .y_stride = y.stride,
+                         .argmax = argmax,
+                         .dtype = cpu_dtype(dtype),
+                         .parallel = torch_threads});
 }
 
 void max_pool_backward_pixels(const cpu::MaxPoolShape& shape, const Pixels& grad,
                               const uint8_t* argmax, const Pixels& dx, bool accumulate,
                               ScalarType dtype) {
-  cpu::max_pool_backward(
-      {.shape = shape,
-       .dy = grad.data,
-       .dy_stride = grad.stride,
-       .argmax = argmax,
-       .dx = dx.data,
-       .dx_stride = dx.stride,
-       .accumulate = accumulate,
-       .dtype = dtype == ScalarType::Float ? cpu::DType::kFloat32 : cpu::DType::kBFloat16,
-       .parallel = torch_threads});
+  cpu::max_pool_backward({.shape = shape,
+                          .dy = grad.data,
+                          .dy_stride = grad.stride,
+                          .argmax = argmax,
+                          .dx = dx.data,
+                          .dx_stride = dx.stride,
+                          .accumulate = accumulate,
+                          .dtype = cpu_dtype(dtype),
+                          .parallel = torch_threads});
 }
 
 namespace {
@@ -132,10 +130,7 @@ void check_activation(const char* op, const char* name, const Tensor& x) {
     Argument{op, name, x}.has_dim(4).has_dtype(
         {ScalarType::Half, ScalarType::BFloat16, ScalarType::Float});
   } else {
-    Argument{op, name, x}
-        .is_dense_of(/*cuda=*/false)
-        .has_dim(4)
-        .has_dtype({ScalarType::Float, ScalarType::BFloat16});
+    check_cpu_activation({op, name, x});
   }
 }
 
