@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_as_good_as_eager
+from conv_cases import to_tf32
 from kernel_devices import arranged, assert_margin_untouched, kernel_ops, kernels_on, torch_device
 from torch import Tensor
 
@@ -27,7 +28,7 @@ class Precision:
 
     def factor(self, x: Tensor) -> Tensor:
         """What the multiplication takes of a value of the dtype."""
-        return rounded_to_tf32(x) if self.is_tf32 else x
+        return to_tf32(x) if self.is_tf32 else x
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
@@ -43,12 +44,6 @@ PRECISIONS = [
 HALF = PRECISIONS[0]
 
 each_precision = pytest.mark.parametrize("precision", PRECISIONS, ids=str)
-
-
-def rounded_to_tf32(x: Tensor) -> Tensor:
-    """float32 to 10 bits of mantissa, to nearest, ties away from zero; NaN and infinity stay."""
-    bits = (x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF
-    return torch.where(x.isfinite(), bits.view(torch.float32), x)
 
 
 def randn(*shape: int, seed: int) -> Tensor:
