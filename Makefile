@@ -22,7 +22,8 @@ INCEPTION_EXT_EMULATOR ?= auto
 # torchvision 0.28 belongs to torch 2.13, and so on.
 TORCHVISION = 0.$(shell expr $(word 2,$(subst ., ,$(TORCH))) + 15).*
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip --disable-pip-version-check install
+# --no-compile: Python compiles what it imports, a small part of what is installed.
+PIP = $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 SOURCES = $(shell find csrc -type f) setup.py
 WORKERS = $(shell nproc)
 

@@ -15,6 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from inception_ext import _library
 from inception_ext._process_group import ALONE, Group
+from inception_ext._tracing import constant_while_tracing
 from inception_ext._windows import output_size, pair
 
 __all__ = [
@@ -135,7 +136,7 @@ def runs_on_cpu(x: Tensor) -> bool:
     return _library.device_type(x) == "cpu"
 
 
-@torch.compiler.assume_constant_result  # while tracing; torch.compile guards the stack itself
+@constant_while_tracing  # torch.compile guards the stack itself
 def _in_functorch() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -236,7 +237,7 @@ def why_lrn_reference(x: Tensor, size: int, alpha: float, beta: float, k: float)
     return "an empty image" if 0 in x.shape[1:] else None
 
 
-@torch.compiler.assume_constant_result  # while tracing: a device stays what it is
+@constant_while_tracing  # a device stays what it is
 def _why_not_on(device: torch.device) -> str | None:
     return _library.why_not_on(torch.cuda.get_device_capability(device))
 

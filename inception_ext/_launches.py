@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from inception_ext import _library
+from inception_ext._tracing import constant_while_tracing
 
 __all__ = ["Exact", "Launcher", "Lifetime", "Plan", "Recorder", "new_workspace", "place"]
 
@@ -32,7 +33,7 @@ class Exact(NamedTuple):
         return cls(not _allows_tf32("conv"), not _allows_tf32("matmul"))
 
 
-@torch.compiler.assume_constant_result  # compiled code keeps the setting that it was compiled under
+@constant_while_tracing  # compiled code keeps the setting that it was compiled under
 def _allows_tf32(operation: str) -> bool:
     backends: Any = torch.backends
     backend = backends.cudnn.conv if operation == "conv" else backends.cuda.matmul
@@ -72,7 +73,7 @@ def new_workspace(like: Tensor) -> Tensor:
     return torch.zeros(_workspace_bytes(like.is_cuda), dtype=torch.uint8, device=like.device)
 
 
-@torch.compiler.assume_constant_result
+@constant_while_tracing
 def _workspace_bytes(on_gpu: bool) -> int:
     ops = torch.ops.inception_ext if on_gpu else torch.ops.inception_ext_emulated
     return ops.conv_group_workspace_bytes()

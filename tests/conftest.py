@@ -1,6 +1,7 @@
 """Fixtures that the tests share."""
 
 import copy
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,12 @@ from inception_ext._torchvision import import_torchvision
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What stays to the end, thousands of tests and torch itself, no garbage collection visits."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

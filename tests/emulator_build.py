@@ -16,6 +16,7 @@ from cuda_toolkit import find_headers
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = sorted((ROOT / "csrc" / "emulator").glob("*.cpp"))
 CONTROLS = {"controls.cpp", "module.cpp"}  # the ones that need Python
+BUILT = ROOT / "build" / "ninja-emulator"  # where setup.py leaves the objects of the emulator
 HEADERS = find_headers()
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
@@ -60,6 +61,18 @@ def digest(command: Sequence[str]) -> str:
     return text.hexdigest()[:16]
 
 
+def built_objects(sources: Sequence[Path]) -> list[Path] | None:
+    """The objects that the build left of sources in csrc; None where it has not seen the latest."""
+    folders = (ROOT / "csrc" / name for name in ("emulator", "kernels"))
+    read = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    objects = [BUILT / f"{path.relative_to(ROOT)}.o" for path in sources]
+    linked = [path.stat().st_mtime for path in BUILT.glob("_emulator*.so")]
+    latest = max(path.stat().st_mtime for path in read)
+    if all(path.exists() for path in objects) and linked and min(linked) > latest:
+        return objects
+    return None
+
+
 def build_library(
     name: str,
     source: Path,
@@ -75,17 +88,18 @@ def build_library(
         kernels: Sources in csrc/kernels that go with it.
     """
     command = [str(COMPILER), *flags(), *extra]
-    emulator = build_once(
-        f"emulator-of-{name}" if extra else "emulator",
-        [path for path in EMULATOR if path.name not in CONTROLS],
-        command,
-    )
-    sources = [source, *(ROOT / "csrc" / "kernels" / kernel for kernel in kernels)]
-    objects = list(emulator.glob("*.o"))
+    used = [
+        *(path for path in EMULATOR if path.name not in CONTROLS),
+        *(ROOT / "csrc" / "kernels" / kernel for kernel in kernels),
+        *(path for path in EMULATOR if python and path.name == "controls.cpp"),
+    ]
+    objects = None if extra else built_objects(used)
+    if objects is None:
+        compiled = build_once(f"objects-of-{name}", used, [*command, *python_flags()])
+        objects = list(compiled.glob("*.o"))
     if python:
         command += python_flags()
-        sources += [path for path in EMULATOR if path.name == "controls.cpp"]
-    return build_once(name, sources, command, objects) / f"{name}.so"
+    return build_once(name, [source], command, objects) / f"{name}.so"
 
 
 def build_once(

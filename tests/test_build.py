@@ -16,6 +16,8 @@ import inception_ext
 from inception_ext import _library
 
 ROOT = Path(__file__).resolve().parent.parent
+# The CPU kernels, soon compiled: the build in use shows that those for CUDA compile and load.
+BUILD = {"INCEPTION_EXT_CUDA": "0", "CXXFLAGS": "-O0"}
 USES_AN_OP = (
     "import torch, inception_ext as e; from inception_ext import _library as l;"
     "assert l.is_available(), l.load_error();"
@@ -76,42 +78,42 @@ def import_from(folder: Path) -> list[str]:
     return lines
 
 
-@pytest.mark.build
-def test_plain_install_without_cuda(sources: Path, tmp_path: Path) -> None:
-    target = tmp_path / "site"
-    env = {"INCEPTION_EXT_CUDA": "0"}
-    options = ("-v", "--no-build-isolation", "--no-deps", "--target", target)
-    log = pip("install", *options, sources, env=env)
-    assert "no CUDA kernels" in log
-    assert import_from(target)[1] == "None"
-
-
-@pytest.mark.build
-def test_sdist_to_wheel_to_import(sources: Path, tmp_path: Path) -> None:
-    """With the CPU kernels; that those for CUDA compile and load, the build in use shows."""
+@pytest.fixture
+def unpacked(sources: Path, tmp_path: Path) -> Path:
+    """What a source distribution holds."""
     dist = tmp_path / "dist"
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", dist, sources)
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    in_tree = {
-        path.relative_to(sources).as_posix()
-        for path in (sources / "csrc").rglob("*")
-        if path.is_file()
-    }
-    assert in_tree <= names
-    env = {"INCEPTION_EXT_CUDA": "0"}
-    pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", dist, sdist, env=env)
-    (wheel,) = dist.glob("*.whl")
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (folder,) = (tmp_path / "unpacked").iterdir()
+    return folder
+
+
+@pytest.mark.build
+def test_sdist_to_wheel_to_import_and_plain_install(
+    sources: Path, unpacked: Path, tmp_path: Path
+) -> None:
+    """The second build finds the objects of the first, and compiles nothing."""
+    in_tree = {path.relative_to(sources) for path in (sources / "csrc").rglob("*")}
+    assert in_tree <= {path.relative_to(unpacked) for path in unpacked.rglob("*")}
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", wheels, unpacked, env=BUILD)
+    (wheel,) = wheels.glob("*.whl")
     assert wheel.name.startswith(f"inception_ext-{inception_ext.__version__}-cp310-abi3-linux")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {"inception_ext/_C.abi3.so", "inception_ext/py.typed"} <= names
     assert any(name.startswith("inception_ext/data/") for name in names)
     assert not any("_emulator" in name for name in names)  # it is for tests
-    target = tmp_path / "site"
-    pip("install", "--no-deps", "--target", target, wheel)
-    assert import_from(target)[1] == "None"
+    pip("install", "--no-deps", "--target", site, wheel)
+    assert import_from(site)[1] == "None"
+
+    plain = tmp_path / "plain"
+    options = ("-v", "--no-build-isolation", "--no-deps", "--target", plain)
+    log = pip("install", *options, unpacked, env=BUILD)
+    assert "no CUDA kernels" in log and "] cxx " not in log
+    assert import_from(plain)[1] == "None"
 
 
 @pytest.mark.build

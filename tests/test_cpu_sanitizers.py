@@ -1,4 +1,4 @@
-"""The CPU kernels on their own: compiled with and without sanitizers, run on every ISA at hand."""
+"""The CPU kernels on their own: as built, and with sanitizers, run on every ISA at hand."""
 
 import os
 import shlex
@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-SOURCES = KERNELS + sorted((ROOT / "tests" / "cpp").glob("test_cpu_*.cpp"))
+FOLDER = ROOT / "csrc" / "cpu"
+KERNELS = sorted(FOLDER.glob("*.cpp"))
+TESTS = sorted((ROOT / "tests" / "cpp").glob("test_cpu_*.cpp"))
+BUILT = ROOT / "build" / "ninja"  # where setup.py leaves objects
 WARNINGS = ["-Wall", "-Wextra"]
 BUILDS = {
     "plain": ["-O2"],
@@ -37,23 +39,35 @@ def run(command: list[str], env: dict[str, str], timeout: int = 300) -> str:
     return done.stdout
 
 
-def build(directory: Path, flags: list[str]) -> Path:
-    common = [*compiler(), "-std=c++17", "-pthread", *WARNINGS, *flags, f"-I{ROOT / 'csrc/cpu'}"]
-    objects = [directory / f"{source.stem}.o" for source in SOURCES]
+def built_objects() -> list[Path]:
+    """Of the kernels in the binary; none where it has not seen the latest sources."""
+    objects = [BUILT / f"{source.relative_to(ROOT)}.o" for source in KERNELS]
+    linked = [path.stat().st_mtime for path in BUILT.glob("_C*.so")]
+    latest = max(path.stat().st_mtime for path in FOLDER.iterdir())
+    complete = all(path.exists() for path in objects) and linked and min(linked) > latest
+    return objects if complete else []
+
+
+def build(directory: Path, flags: list[str], kernels: list[Path]) -> Path:
+    """The tests with objects of the kernels; without any, these are compiled as well."""
+    common = [*compiler(), "-std=c++17", "-pthread", *WARNINGS, *flags, f"-I{FOLDER}"]
+    sources = TESTS if kernels else KERNELS + TESTS
+    objects = [directory / f"{source.stem}.o" for source in sources]
 
     def compile_one(source: Path, target: Path) -> None:
         run([*common, "-c", str(source), "-o", str(target)], environment())
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(compile_one, SOURCES, objects))
+        list(pool.map(compile_one, sources, objects))
     program = directory / "test_cpu_kernels"
-    run([*common, *map(str, objects), "-o", str(program)], environment())
+    run([*common, *map(str, objects + kernels), "-o", str(program)], environment())
     return program
 
 
 @pytest.fixture(scope="module", params=BUILDS)
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp(request.param), BUILDS[request.param])
+    kernels = built_objects() if request.param == "plain" else []
+    return build(tmp_path_factory.mktemp(request.param), BUILDS[request.param], kernels)
 
 
 def active_isa(program: Path, wanted: str) -> str:
@@ -88,9 +102,10 @@ def test_isa_objects_share_no_code(program: Path) -> None:
     if shutil.which("nm") is None:
         pytest.skip("no nm")
     for isa in ("avx2", "avx512"):
-        symbols = run(
-            ["nm", "-C", "--defined-only", str(program.parent / f"kernels_{isa}.o")], environment()
-        )
+        own = program.parent / f"kernels_{isa}.o"
+        built = BUILT / "csrc" / "cpu" / f"kernels_{isa}.cpp.o"
+        file = own if own.exists() else built
+        symbols = run(["nm", "-C", "--defined-only", str(file)], environment())
         functions = [line.split(" ", 2)[2] for line in symbols.splitlines() if line[17] in "TW"]
         strangers = [
             name

@@ -113,7 +113,7 @@ def test_ten_steps(device, dtype):
         x = randn(4, 3, 32, 32, seed=seed).to(dtype).to(memory_format=torch.channels_last)
         labels = torch.arange(4) + seed
         place = torch_device(device)
-        with exact_products(), kernels_on(device, seed=seed) as launches:
+        with exact_products(), kernels_on(device, seed=seed, checks=False) as launches:
             ours = train(copy.deepcopy(net).to(place), x.to(place), labels.to(place))
         assert device != "emulator" or {launch["op"] for launch in launches} == OPS
         with functional.use_kernels(False):
