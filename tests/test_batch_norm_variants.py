@@ -198,7 +198,7 @@ def test_a_network(make_pair, variant):
             outputs["eval"] = model(randn(2, 3, 64, 64, seed=2).to(dtype))
         return {k: v.detach() for k, v in {**outputs, **dict(model.named_buffers())}.items()}
 
-    with emulated() as launches:
+    with emulated(checks=False) as launches:
         kernels = results(ours, torch.float32)
     assert {launch["op"] for launch in launches} >= {"inception_backward", "conv_chain_backward"}
     expected = results(eager, torch.float32), results(exact, torch.float64)

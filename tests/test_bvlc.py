@@ -177,7 +177,7 @@ def test_copies(clone):
 
 def test_tracing_scripting_compiling():
     model = bvlc_googlenet(10, dropout=0.0, dropout_aux=0.0)
-    images = torch.randn(2, 3, 224, 224)
+    images = torch.randn(1, 3, 224, 224)
     expected = model(images)
     for other in (
         torch.fx.symbolic_trace(model),

@@ -40,7 +40,7 @@ def test_the_command_line(tmp_path):
     finally:
         sys.path.remove(str(FOLDER))
     file = tmp_path / "found.json"
-    command = ["--train", "--batch", "2", "--size", "64", "--dtype", "float32", "--json", str(file)]
+    command = ["--train", "--batch", "2", "--size", "64", "--dtype", "float16", "--json", str(file)]
     assert counters.main(command) == 0
     found = json.loads(file.read_text())
     assert found["train"] and found["batch"] == 2 and found["launches"] > 100

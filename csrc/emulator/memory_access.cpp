@@ -77,7 +77,9 @@ Access access_of(const Block& block, Place place, const WarpClocks& clocks) {
 
 void shared_access(const void* pointer, size_t bytes, bool write, Place place) {
   Block& block = Block::current();
-  check_shared(block, pointer, bytes, write, access_of(block, place, block.clocks()));
+  if (block.plan().checks) {
+    check_shared(block, pointer, bytes, write, access_of(block, place, block.clocks()));
+  }
   if (block.plan().counting) {
     const auto offset = static_cast<const char*>(pointer) - block.shared().data();
     block.warp_accesses().add(block.lane(), static_cast<uint32_t>(offset), static_cast<int>(bytes),
