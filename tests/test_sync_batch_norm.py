@@ -97,7 +97,8 @@ def run_network(rank: int, state: dict[str, Tensor]) -> dict[str, Any]:
     wrapped = DistributedDataParallel(model, broadcast_buffers=False)
     sync(model)
     images = randn(sum(NETWORK_IMAGES), 3, 64, 64, seed=5)[images_of(rank, NETWORK_IMAGES)]
-    with emulated(workers=1, checks=False) as launches:  # its gradients are means over the processes
+    # Its gradients are means over the processes.
+    with emulated(workers=1, checks=False) as launches:
         outputs = network_step(wrapped, images, 2 / sum(NETWORK_IMAGES))
     ops = {launch["op"] for launch in launches}
     return {"outputs": outputs, "state": state_of(model), "ops": ops}

@@ -89,18 +89,39 @@ struct Run {
 
   void backward_reduce(ParallelFor parallel) {
     std::vector<float> work = workspace();
-    batch_norm_relu_backward_reduce({x.data(), x.stride(), dy.data(), dy.stride(), dtype_of<T>(),
-                                     shape.pixels, shape.channels, mean.data(), rstd.data(),
-                                     gamma_or_null(), beta_or_null(), sum_dy.data(),
-                                     sum_dy_xhat.data(), work.data(), parallel});
+    BatchNormReluBackwardParams params = backward(parallel);
+    params.sum_dy = sum_dy.data();
+    params.sum_dy_xhat = sum_dy_xhat.data();
+    params.workspace = work.data();
+    batch_norm_relu_backward_reduce(params);
   }
 
   void backward_apply(Slice<T>& to, bool batch_statistics, ParallelFor parallel) {
-    batch_norm_relu_backward_apply({x.data(), x.stride(), dy.data(), dy.stride(), to.data(),
-                                    to.stride(), dtype_of<T>(), shape.pixels, shape.channels,
-                                    mean.data(), rstd.data(), gamma_or_null(), beta_or_null(),
-                                    batch_statistics, batch_statistics ? sum_dy.data() : nullptr,
-                                    batch_statistics ? sum_dy_xhat.data() : nullptr, parallel});
+    BatchNormReluBackwardParams params = backward(parallel);
+    params.dx = to.data();
+    params.dx_stride = to.stride();
+    params.batch_statistics = batch_statistics;
+    params.sum_dy = batch_statistics ? sum_dy.data() : nullptr;
+    params.sum_dy_xhat = batch_statistics ? sum_dy_xhat.data() : nullptr;
+    batch_norm_relu_backward_apply(params);
+  }
+
+  // What both halves read.
+  BatchNormReluBackwardParams backward(ParallelFor parallel) {
+    BatchNormReluBackwardParams params = {};
+    params.x = x.data();
+    params.x_stride = x.stride();
+    params.dy = dy.data();
+    params.dy_stride = dy.stride();
+    params.dtype = dtype_of<T>();
+    params.pixels = shape.pixels;
+    params.channels = shape.channels;
+    params.mean = mean.data();
+    params.rstd = rstd.data();
+    params.gamma = gamma_or_null();
+    params.beta = beta_or_null();
+    params.parallel = parallel;
+    return params;
   }
 
   void everything(ParallelFor parallel) {
@@ -378,12 +399,13 @@ void test_in_place() {
     copy(aliased.x, run.x);
     for (const bool over_dy : {true, false}) {
       Slice<T>& target = over_dy ? aliased.dy : aliased.x;
-      batch_norm_relu_backward_apply({over_dy ? run.x.data() : target.data(), run.x.stride(),
-                                      over_dy ? target.data() : run.dy.data(), run.dy.stride(),
-                                      target.data(), target.stride(), dtype_of<T>(), shape.pixels,
-                                      shape.channels, run.mean.data(), run.rstd.data(),
-                                      run.gamma.data(), run.beta.data(), true, run.sum_dy.data(),
-                                      run.sum_dy_xhat.data(), parallel_serial});
+      BatchNormReluBackwardParams params = run.backward(parallel_serial);
+      (over_dy ? params.dy : params.x) = params.dx = target.data();
+      params.dx_stride = target.stride();
+      params.batch_statistics = true;
+      params.sum_dy = run.sum_dy.data();
+      params.sum_dy_xhat = run.sum_dy_xhat.data();
+      batch_norm_relu_backward_apply(params);
       check(target.same_bits(run.dx)) ||
           fail("backward_apply in place differs (%s)", describe(shape).c_str());
     }
