@@ -110,7 +110,7 @@ class OnCPU:
     def __init__(self, model: nn.Module, dtype: torch.dtype | None, device: str) -> None:
         self.device = device
         self.model = copy.deepcopy(model).to(torch_device(device))
-        with kernels_on(device):
+        with kernels_on(device, counting=False):
             self.engine = freeze(self.model, dtype)
         self.dtype = self.engine.dtype
 

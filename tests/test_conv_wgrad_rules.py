@@ -67,7 +67,7 @@ def test_nan_in_the_batch_norm_spoils_its_channel(device):
     tensors = group_operands([case], torch.float16)
     for row in range(4):
         tensors[0].batch_norm[row, row] = torch.nan
-    with kernels_on(device):
+    with kernels_on(device, counting=False):
         (dw,) = run([case], tensors, device)
     assert dw[:, :4].isnan().all() and dw[:, 4:].isfinite().all()
 
@@ -79,7 +79,7 @@ def test_large_mean_and_small_variance(device):
     (t,) = tensors = group_operands([case], torch.float32)
     t.x.mul_(1e-2).add_(1e4)
     t.batch_norm[0], t.batch_norm[1] = 1e4, 100
-    with kernels_on(device):
+    with kernels_on(device, counting=False):
         (dw,) = run([case], tensors, device, exact=True)
     reference = by_windows(case, t.grad, prepared(case, t.x.double(), t.batch_norm))
     eager = plain(case, t.grad, prepared(case, t.x, t.batch_norm))
@@ -109,7 +109,7 @@ def test_the_same_bits_for_every_seed(math):
 @pytest.mark.parametrize("prologue", ["none", "batch_norm", "pool"])
 def test_no_images_give_zeros(device, prologue):
     cases = [Wgrad(n=0, prologue=prologue), Wgrad(n=0, c=5, k=21, segments=(16, 5), master=True)]
-    with kernels_on(device):
+    with kernels_on(device, counting=False):
         results = run(cases, group_operands(cases, torch.float16), device, False)
     assert all((dw == 0).all() for dw in results)
 

@@ -87,7 +87,7 @@ def test_float32_images_reach_the_stem(dtype):
         z = chain(x.requires_grad_())
     assert y.dtype == z.dtype == dtype
     assert {launch["op"] for launch in launches} == {"conv_chain_forward"}
-    with emulated():
+    with emulated(counting=False):
         z.sum().backward()
         with torch.autocast("cpu", dtype):
             assert torch.equal(chain(x.to(dtype)), z)
@@ -120,7 +120,7 @@ def test_the_network_is_as_fused_as_in_one_dtype(dtype):
 def test_backward_within_autocast(device, case, dtype):
     """Which PyTorch advises against, but allows."""
     inside, outside, x = case.module(device), case.module(device), case.x(device, dtype)
-    with kernels_on(device):
+    with kernels_on(device, counting=False):
         expected = amp_results(outside, x, device, dtype)
         with autocast(device, dtype):
             ours = step(inside, x)
@@ -132,7 +132,7 @@ def test_backward_within_autocast(device, case, dtype):
 @each_dtype
 def test_autocast_that_is_off_within(device, case, dtype):
     module, x = case.module(device), case.x(device)
-    with kernels_on(device):
+    with kernels_on(device, counting=False):
         expected = results_of(case.module(device), x)
         with autocast(device, dtype), autocast(device, dtype, enabled=False):
             ours = results_of(module, x)
@@ -155,7 +155,7 @@ def test_autocast_around_one_module(device, dtype):
         z.square().sum().backward()
         return {"y": y.detach(), "z": z.detach(), "dx": leaf.grad}
 
-    with kernels_on(device):
+    with kernels_on(device, counting=False):
         found = run()
     assert [t.dtype for t in found.values()] == [dtype, torch.float32, dtype]
     with functional.use_kernels(False):
@@ -173,7 +173,7 @@ def test_weights_used_twice(device, dtype, cache_enabled):
     """Within one autocast, after a pass without gradients: autocast's cache of casts is no trap."""
     module, x = CASES["conv"].module(device), CASES["conv"].x(device, dtype)
     module.eval()  # so that both passes give the same
-    with kernels_on(device):
+    with kernels_on(device, counting=False):
         once = amp_results(CASES["conv"].module(device).eval(), x, device, dtype)
         with autocast(device, dtype, cache_enabled=cache_enabled):
             with torch.no_grad():
@@ -190,7 +190,7 @@ def test_weights_used_twice(device, dtype, cache_enabled):
 @each_dtype
 def test_checkpointing_within_autocast(device, case, dtype):
     whole, parts, x = case.module(device), case.module(device), case.x(device, dtype)
-    with kernels_on(device):
+    with kernels_on(device, counting=False):
         expected = amp_results(whole, x, device, dtype)
         for use_reentrant in (True, False):
             parts.load_state_dict(case.module(device).state_dict())
@@ -221,7 +221,7 @@ def test_double_backward(device, case, dtype):
 
     module, x = decided(case.module()).to(torch_device(device)).eval(), case.x(device, dtype)
     plain, exact = copy.deepcopy(module), copy.deepcopy(module).double()
-    with kernels_on(device):
+    with kernels_on(device, counting=False):
         ours = penalty(module, x)
     with functional.use_kernels(False):
         eager, reference = penalty(plain, x), penalty(exact, x.double(), amp=False)
@@ -278,7 +278,7 @@ def test_scaled_gradients_are_those_of_the_loss(device):
     plain, scaled, x = case.module(device), case.module(device), case.x(device, torch.float16)
     optimizer = torch.optim.SGD(scaled.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler(torch_device(device), init_scale=8.0)
-    with kernels_on(device):
+    with kernels_on(device, counting=False):
         for module in (plain, scaled):
             with autocast(device, torch.float16):
                 loss = module(x).float().square().sum() / 64

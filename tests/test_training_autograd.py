@@ -56,7 +56,7 @@ def test_checkpointing(device, case, use_reentrant):
     def checkpointed(module: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda x: checkpoint(module, x, use_reentrant=use_reentrant)
 
-    with kernels_on(device):
+    with kernels_on(device, counting=False):
         expected = step(whole, x)
         whole(x)
     with kernels_on(device) as launches:
@@ -83,14 +83,14 @@ def test_checkpointing(device, case, use_reentrant):
 @each_case
 def test_hooks_on_parameters(device, case):
     module, seen = case.module(device), []
-    with kernels_on(device):
+    with kernels_on(device, counting=False):
         expected = results_of(case.module(device), case.x(device))
     for name, parameter in module.named_parameters():
         parameter.register_hook(lambda grad: 2 * grad)
         parameter.register_post_accumulate_grad_hook(
             lambda p, name=name: seen.append((name, p.grad.clone()))
         )
-    with kernels_on(device):
+    with kernels_on(device, counting=False):
         step(module, case.x(device))
     assert Counter(name for name, _ in seen) == Counter(
         name for name, _ in module.named_parameters()
@@ -114,7 +114,7 @@ def test_an_optimizer_within_backward(device, case):
     for parameter in at_once.parameters():
         parameter.register_post_accumulate_grad_hook(move)
     for _ in range(2):
-        with kernels_on(device):
+        with kernels_on(device, counting=False):
             ours, expected = step(at_once, case.x(device)), step(after, case.x(device))
         assert_equal(ours, expected)
         assert gradients(at_once) == {}
@@ -131,7 +131,7 @@ def test_an_optimizer_within_backward(device, case):
 def test_accumulation_over_two_micro_batches(device, case):
     module, x = case.module(device), case.x(device)
     halves = [x, x.flip(0) + 0.5]
-    with kernels_on(device):
+    with kernels_on(device, counting=False):
         first, second = (results_of(copy.deepcopy(module), half) for half in halves)
         for half in halves:
             step(module, half)
@@ -143,7 +143,7 @@ def test_accumulation_over_two_micro_batches(device, case):
 @each_case
 def test_two_backward_passes_over_one_graph(device, case):
     module, leaf = case.module(device), leaf_of(case.x(device))
-    with kernels_on(device):
+    with kernels_on(device, counting=False):
         y = module(leaf)
         gradient = output_gradient(y)
         y.backward(gradient, retain_graph=True)
@@ -182,7 +182,7 @@ def test_what_changes_in_place_before_backward_is_noticed(case, name):
 def test_the_output_may_change_in_place(device, case):
     """The backward finds the ReLU's mask without it."""
     module, leaf = case.module(device), leaf_of(case.x(device))
-    with kernels_on(device):
+    with kernels_on(device, counting=False):
         y = module(leaf)
         gradient = output_gradient(y)
         y.mul_(2).backward(gradient)
@@ -194,7 +194,7 @@ def test_the_output_may_change_in_place(device, case):
 @each_case
 def test_saved_tensors_that_were_stored_elsewhere(device, case):
     """As by ``save_on_cpu``: they come back at other addresses and contiguous."""
-    with kernels_on(device):
+    with kernels_on(device, counting=False):
         expected = results_of(case.module(device), case.x(device))
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: tensor.cpu().contiguous().clone(),
@@ -262,7 +262,7 @@ def test_output_gradients_of_any_strides(device, case, dtype):
     with functional.use_kernels(False):
         eager, reference = run(module, x), run(copy.deepcopy(module).double(), x.double())
         expected = [(eager(a), reference(a)) for a in ALL_ARRANGEMENTS.values()]
-    with kernels_on(device):
+    with kernels_on(device, counting=False):
         ours = run(module, x)
         for arrange, others in zip(ALL_ARRANGEMENTS.values(), expected, strict=True):
             assert_all_as_good_as_eager(ours(arrange), *others, floor)
@@ -384,7 +384,7 @@ def test_double_backward(device, case):
 def test_anomalies_are_reported():
     """With the line of the forward pass that belongs to them."""
     module = BasicConv2d(16, 8, kernel_size=1)
-    with emulated(), pytest.warns(UserWarning), torch.autograd.detect_anomaly():
+    with emulated(counting=False), pytest.warns(UserWarning), torch.autograd.detect_anomaly():
         y = module(leaf_of(CASES["conv"].x()))
         with pytest.raises(RuntimeError, match="ConvChainBackward' returned nan values"):
             y.backward(torch.full_like(y, torch.nan))

@@ -124,7 +124,8 @@ def _aoti(model: nn.Module, images: Tensor, dynamic: bool, path: Path) -> Call:
     """Compiles by AOTInductor; returns what was compiled."""
     program = torch.export.export(model, (images,), dynamic_shapes=_shapes(dynamic))
     inductor: Any = torch._inductor
-    inductor.aoti_compile_and_package(program, package_path=str(path))
+    settings = {"aot_inductor.precompile_headers": False}  # pays where many are compiled
+    inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
     return _without_grad(inductor.aoti_load_package(str(path)))
 
 
