@@ -149,7 +149,7 @@ def _photographs(report: Report) -> None:
         some = images[:batch]
         medians = interleaved_medians(
             {"eager": partial(eager, some), "freeze": partial(engine, some)},
-            seconds=0.2 if report.quick else 4,
+            seconds=0.2 if report.quick else 2,
         )
         times[batch] = {name: 1e3 * seconds / batch for name, seconds in medians.items()}
         say(_speed_line(f"batch {batch}", times[batch]))
@@ -244,7 +244,7 @@ def _held_out(report: Report, model: Any, images: Tensor, labels: Tensor) -> Non
     some = images[:60]
     medians = interleaved_medians(
         {"eager": partial(eager, some), "freeze": partial(engine, some)},
-        seconds=0.2 if report.quick else 3,
+        seconds=0.2 if report.quick else 2,
     )
     times = {name: 1e3 * seconds / len(some) for name, seconds in medians.items()}
     say(f"  eager: {eager_name}, channels_last, float32; the frozen one gets {correct:.2%} right")
