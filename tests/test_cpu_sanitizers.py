@@ -48,10 +48,9 @@ def built_objects() -> list[Path]:
     return objects if complete else []
 
 
-def build(directory: Path, flags: list[str], kernels: list[Path]) -> Path:
-    """The tests with objects of the kernels; without any, these are compiled as well."""
+def compile_all(directory: Path, sources: list[Path], flags: list[str]) -> list[Path]:
+    """Their objects."""
     common = [*compiler(), "-std=c++17", "-pthread", *WARNINGS, *flags, f"-I{FOLDER}"]
-    sources = TESTS if kernels else KERNELS + TESTS
     objects = [directory / f"{source.stem}.o" for source in sources]
 
     def compile_one(source: Path, target: Path) -> None:
@@ -59,15 +58,28 @@ def build(directory: Path, flags: list[str], kernels: list[Path]) -> Path:
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, sources, objects))
-    program = directory / "test_cpu_kernels"
-    run([*common, *map(str, objects + kernels), "-o", str(program)], environment())
-    return program
+    return objects
+
+
+@pytest.fixture(scope="module")
+def tests(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Objects of the tests. A sanitizer has to see the kernels alone: buffers lie on the heap,
+    which it surrounds whoever asks for them."""
+    return compile_all(tmp_path_factory.mktemp("tests"), TESTS, BUILDS["plain"])
 
 
 @pytest.fixture(scope="module", params=BUILDS)
-def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def program(
+    request: pytest.FixtureRequest,
+    tests: list[Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    directory, flags = tmp_path_factory.mktemp(request.param), BUILDS[request.param]
     kernels = built_objects() if request.param == "plain" else []
-    return build(tmp_path_factory.mktemp(request.param), BUILDS[request.param], kernels)
+    objects = tests + (kernels or compile_all(directory, KERNELS, flags))
+    program = directory / "test_cpu_kernels"
+    run([*compiler(), "-pthread", *flags, *map(str, objects), "-o", str(program)], environment())
+    return program
 
 
 def active_isa(program: Path, wanted: str) -> str:

@@ -69,7 +69,7 @@ def test_50_steps_do_not_grow():
     """Had each step kept a tenth of what it saves for its backward, the process would be larger by
     that for every step."""
     model = network()
-    step = stepper(model, randn(8, 3, 32, 32))
+    step = stepper(model, randn(4, 3, 32, 32))
     with emulated(checks=False, counting=False):
         least = saved_bytes(model, step) / 10
         for _ in range(WARM_UP):
