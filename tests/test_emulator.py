@@ -57,7 +57,7 @@ def load_module(name: str = "emulator_tests", flags: tuple[str, ...] = ()) -> Mo
     return module
 
 
-PORTABLE = ("-DINCEPTION_EXT_PORTABLE_FIBERS", "-O1", "-march=x86-64")
+PORTABLE = ("-DINCEPTION_EXT_PORTABLE_FIBERS", "-O0", "-march=x86-64")
 
 
 @pytest.fixture(scope="session")

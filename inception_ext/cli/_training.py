@@ -19,7 +19,7 @@ class Recipe:
     """AdamW under a one-cycle schedule: the learning rate rises for a quarter of all steps to
     ``learning_rate`` and falls from there to nothing."""
 
-    epochs: int = 4
+    epochs: int = 3
     batch_size: int = 32
     learning_rate: float = 1e-3
     weight_decay: float = 0.05

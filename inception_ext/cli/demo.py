@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for loss_curves.png and summary.json (default: runs/demo)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
-    parser.add_argument("--epochs", type=_positive, default=4, help="of the training (default: 4)")
+    parser.add_argument("--epochs", type=_positive, default=3, help="of the training (default: 3)")
     parser.add_argument("--threads", type=_positive, help="of PyTorch (default: its own choice)")
     parser.add_argument(
         "--quick", action="store_true", help="a few steps of everything; accuracy is not checked"
