@@ -218,9 +218,9 @@ def test_winograd_weights_are_packed_for_images_that_use_them(dtype):
     small = randn(2, C, 4, 4 * (least_tiles - 1), seed=1, dtype=dtype)
     large = randn(2, C, 4, 4 * least_tiles, seed=2, dtype=dtype)
     if not _frozen.has_fused_convolution(small):
-        pytest.skip("oneDNN does not multiply bfloat16 here")
+        pytest.skip(f"no fused convolution of {dtype} on this CPU and torch")
     if dtype == torch.bfloat16 and _frozen_cpu._has_bfloat16_tiles():
-        pytest.skip("bfloat16 does not go by Winograd here")
+        pytest.skip("this CPU has AMX: bfloat16 does not go by Winograd")
     step = _frozen.Convolution(*convolution(K[1], C, 3, seed=0), (1, 1), (1, 1), dtype)
 
     def chain() -> _frozen_cpu._Chain:
