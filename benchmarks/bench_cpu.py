@@ -90,7 +90,13 @@ def main(argv: list[str] | None = None) -> int:
 
     scenarios: list[dict[str, Any]] = []
 
-    def run(kind: str, factories: Mapping[str, peers.Factory], dtype: str, rounds: int) -> None:
+    def run(
+        kind: str,
+        factories: Mapping[str, peers.Factory],
+        dtype: str,
+        rounds: int,
+        by_chance: bool = False,
+    ) -> None:
         found = scenario.run(
             kind,
             selected(factories, args.only),
@@ -99,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
             device=devices.Host(),
             rounds=rounds,
             patience=args.patience,
+            by_chance=by_chance,
         )
         scenarios.append(found)
         print(f"\n{scenario.table(found)}", flush=True)
@@ -117,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     if not (args.no_train or args.quick):
         work = workload.training_workload(weights, args.train_batch, size=args.size)
         for dtype in args.train_dtype:
-            run("training step", peers.TRAINING, dtype, args.rounds or 20)
+            run("training step", peers.TRAINING, dtype, args.rounds or 20, by_chance=True)
 
     about["load_average_after"] = environment.machine()["load_average"]
     result = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **about, "scenarios": scenarios}

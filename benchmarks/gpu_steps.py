@@ -189,6 +189,7 @@ def _training(job: Job, *, compiled: bool) -> Findings:
                     dtype,
                     device=job.device,
                     rounds=job.rounds,
+                    by_chance=batch is not None and part != "forward",
                     **(floor if part == "step" else {}),
                 )
                 yield {"scenario": found}

@@ -18,7 +18,7 @@ import inception_ext
 from inception_ext._fuse import fold_inception
 from inception_ext._launches import Exact, Launcher
 
-__all__ = ["FORWARD", "MODULES", "STEM", "TRAINING", "ModuleWork", "prepare"]
+__all__ = ["FORWARD", "MODULES", "STEM", "TRAINING", "ModuleWork", "decided_stem", "prepare"]
 
 Call = Callable[[int], Any]
 Factory = Callable[["ModuleWork", torch.dtype], Call]
@@ -39,6 +39,8 @@ class ModuleWork:
         images: float32 ``[N, C, H, W]``: what reaches the part in the network.
         references: float64, of the first input: the output, or in training also the gradients of
             the input and the parameters where the output's gradient is the output.
+        margin: in training the smallest distance between what a max pool decides, see
+            :func:`decisions.settle`.
     """
 
     name: str
@@ -47,6 +49,7 @@ class ModuleWork:
     network: nn.Module
     images: list[Tensor]
     references: Sequence[Any]
+    margin: float = 0.0
 
     def block(self, theirs: bool, dtype: torch.dtype, training: bool = False) -> nn.Module:
         module = copy.deepcopy(self.theirs if theirs else self.ours)
@@ -62,6 +65,7 @@ def prepare(
     batch: int,
     *,
     size: int = 224,
+    seed: int | None = None,
     device: str = "cpu",
     training: bool = False,
 ) -> list[ModuleWork]:
@@ -79,7 +83,7 @@ def prepare(
 
     for name in MODULES:
         theirs.get_submodule(name).register_forward_pre_hook(partial(keep, name))
-    (pictures,) = images(batch, 1, seed=400 + batch, size=size)
+    (pictures,) = images(batch, 1, seed=400 + batch if seed is None else seed, size=size)
     found["stem"] = pictures.to(device)
     with torch.no_grad(), untuned():
         theirs(found["stem"])
@@ -93,7 +97,7 @@ def prepare(
         (x,) = work.inputs(torch.float64)
         with untuned():
             if training:
-                settle(exact, x)
+                work.margin = settle(exact, x)
                 shifts = {k: p for k, p in exact.named_parameters() if k.endswith("bn.bias")}
                 for part in parts:
                     part.load_state_dict(shifts, strict=False)
@@ -103,6 +107,34 @@ def prepare(
                     work.references = [exact(x)]
         works.append(work)
     return works
+
+
+def decided_stem(
+    state_dict: dict[str, Tensor],
+    *,
+    batch: int = 2,
+    size: int = 33,
+    seed: int = 0,
+    candidates: int = 8,
+    device: str = "cpu",
+) -> ModuleWork:
+    """The stem's training on small images for which rounding decides nothing.
+
+    As :func:`workload.decided_workload` does with the whole network.
+    """
+    works = []
+    for i in range(candidates):
+        found = prepare(
+            state_dict,
+            ("stem",),
+            batch,
+            size=size,
+            seed=1000 * seed + i,
+            device=device,
+            training=True,
+        )
+        works += found
+    return max(works, key=lambda work: work.margin)
 
 
 def _part(model: nn.Module, name: str) -> nn.Module:

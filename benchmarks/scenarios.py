@@ -173,12 +173,23 @@ def training(batch: int, options: Options, dtype: str) -> Found:
         "floor": floors.seconds(chain, batch, roof),
         "floor_of": f"fused, without the auxiliary heads, {roof.name}",
     }
-    yield _run(options, "training step", factories, work, dtype, memory=True, **floor)
+    yield _run(
+        options, "training step", factories, work, dtype, memory=True, by_chance=True, **floor
+    )
 
 
 def modules(names: tuple[str, ...], batch: int, options: Options, dtype: str) -> Found:
-    """Forward in evaluation, then forward and backward in training."""
+    """Forward in evaluation, then forward and backward in training.
+
+    The stem's max pools decide between rounded values. So its gradients are checked on small
+    images, like those of the training step.
+    """
     batch = options.batch(batch)
+    if "stem" in names:
+        check = module_work.decided_stem(options.weights(False), device=options.device.type)
+        judged = {name: module_work.TRAINING[name] for name in ("ours", peers.BASELINE)}
+        entrants = module_work.TRAINING if options.quick else judged
+        yield _run(options, "training check stem", entrants, check, dtype)
     for training in (False, True):
         works = module_work.prepare(
             options.weights(False),
@@ -190,8 +201,15 @@ def modules(names: tuple[str, ...], batch: int, options: Options, dtype: str) ->
         )
         for work in works:
             if training:
-                kind = f"training {work.name}"
-                yield _run(options, kind, module_work.TRAINING, work, dtype, memory=True)
+                yield _run(
+                    options,
+                    f"training {work.name}",
+                    module_work.TRAINING,
+                    work,
+                    dtype,
+                    memory=True,
+                    by_chance=work.name == "stem",
+                )
                 continue
             parts = module_work.STEM if work.name == "stem" else (work.name,)
             floor = floor_of(options, dtype, batch, options.size, parts)

@@ -57,7 +57,7 @@ def why_batch_norm_reference(bn: Any) -> str | None:
 
 def takes_batch(bn: Any) -> bool:
     """Whether a batch norm normalises by the statistics of the batch."""
-    return bn.training or bn.running_mean is None
+    return bn.training or bn._buffers.get("running_mean") is None
 
 
 def batch_norm_kind(bn: Any) -> tuple[Any, ...]:
@@ -80,7 +80,7 @@ def start_batch(bns: list[Any]) -> Batch | None:
     momentum = first.momentum or 0.0
     tracks = first.training and first.track_running_stats
     if tracks:
-        counters = [bn.num_batches_tracked for bn in bns]
+        counters = [bn._buffers["num_batches_tracked"] for bn in bns]
         if first.momentum is None:  # a cumulative average
             counts = set(torch.stack(counters).tolist())
             if len(counts) != 1:
@@ -90,12 +90,12 @@ def start_batch(bns: list[Any]) -> Batch | None:
     moves = tracks or not first.training  # else torch leaves running statistics alone
 
     def running(name: str) -> list[Tensor | None]:
-        return [getattr(bn, name) if moves else None for bn in bns]
+        return [bn._buffers[name] if moves else None for bn in bns]
 
     return Batch(
         (
-            [bn.weight for bn in bns],
-            [bn.bias for bn in bns],
+            [bn._parameters["weight"] for bn in bns],
+            [bn._parameters["bias"] for bn in bns],
             running("running_mean"),
             running("running_var"),
         ),

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from inception_ext import _frozen, _gate
 from inception_ext._frozen import Convolution, Frozen, Inception, Pool, Step, run_in_slices
+from inception_ext._packing import LEAST_TILES, Size, Weights, takes_winograd
 from inception_ext._plan import CONVOLUTION, INCEPTION, POOL, pool_sizes
 from inception_ext._windows import output_size, pair
 
-__all__ = ["LEAST_TILES", "FrozenCpu", "winograd_weight"]
+__all__ = ["FrozenCpu"]
 
 
 class FrozenCpu(Frozen):
@@ -37,14 +38,12 @@ class _Chain:
 
     def __init__(self, steps: list[Step], fused: bool) -> None:
         self.steps, self.fused = steps, fused
-        self._plan: _Plan | None = None
+        self.plans = _Plans(steps)
 
     def __call__(self, x: Tensor, images: int) -> Tensor:
         if not self.fused or not _takes_op(x):
             return run_in_slices(self.steps, x, images)
-        plan = self._plan
-        if plan is None or not plan.serves(x):
-            self._plan = plan = _Plan(self.steps, x, images, plan)
+        plan = self.plans.find(x, images)
         return torch.ops.inception_ext.frozen_forward(
             x, plan.weights, plan.biases, plan.numbers, images
         )
@@ -96,32 +95,60 @@ def _window(pool: Any) -> list[int] | None:
     return [*kernel, *stride, *padding]
 
 
-class _Plan:
-    """The arguments of the op for some steps, weights packed for a slice of x.
+_MOST_SIZES = 1024
 
-    Winograd's weights are packed only where images of x's size go that way; a plan for larger
-    images takes the place of ``before`` where these come.
+
+class _Plans:
+    """A chain's plans by the size of its images.
+
+    oneDNN wants weights in another layout for small images than for large ones, and rearranges them
+    in every call, by its slowest code, where they come in the wrong one. Yet making a plan takes as
+    long as some images, so a size that comes for the first time borrows the plan of a larger one:
+    where all images differ in size, that is all it costs.
     """
 
-    def __init__(
-        self, steps: Sequence[Step], x: Tensor, images: int, before: "_Plan | None" = None
-    ) -> None:
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self._steps = steps
+        self._weights = Weights()
+        self._by_size: dict[Size, _Plan | None] = {}  # None: came once, and borrowed
+
+    def find(self, x: Tensor, images: int) -> "_Plan":
+        """The plan for x, which goes through in slices of at most so many images."""
+        size = (x.shape[2], x.shape[3])
+        is_new = size not in self._by_size
+        plan = self._larger(size) if is_new else self._by_size[size]
+        if is_new and plan is not None:
+            if len(self._by_size) >= _MOST_SIZES:
+                self._by_size = {}
+            self._by_size[size] = None
+        if plan is None:
+            images = min(images, max(1, x.shape[0] // torch.get_num_threads()))
+            self._by_size[size] = plan = _Plan(self._steps, size, images, self._weights)
+        return plan
+
+    def _larger(self, size: Size) -> "_Plan | None":
+        """Of the least size that holds this one: it has all of Winograd's weights that are read."""
+        found = [
+            (h * w, plan)
+            for (h, w), plan in list(self._by_size.items())
+            if plan is not None and h >= size[0] and w >= size[1]
+        ]
+        return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+class _Plan:
+    """The arguments of the op for some steps and images of one size."""
+
+    def __init__(self, steps: Sequence[Step], size: Size, images: int, weights: Weights) -> None:
         self.numbers: list[int] = []
         self.weights: list[Tensor] = []
         self.biases: list[Tensor] = []
-        self._images = min(images, max(1, x.shape[0] // torch.get_num_threads()))
-        h, w = (0, 0) if before is None else before._largest
-        self._largest: tuple[int, int] = (max(h, x.shape[2]), max(w, x.shape[3]))
-        size = self._largest
+        self._images, self._packed = images, weights
         with torch.no_grad():
             for step in steps:
                 size = self._add(step, size)
 
-    def serves(self, x: Tensor) -> bool:
-        """Whether there is every weight that images of x's size read."""
-        return x.shape[2] <= self._largest[0] and x.shape[3] <= self._largest[1]
-
-    def _add(self, step: Any, size: tuple[int, int]) -> tuple[int, int]:
+    def _add(self, step: Any, size: Size) -> Size:
         """Appends a step that reads ``size`` pixels; returns the size of its output."""
         if isinstance(step, Convolution):
             return self._add_convolution(step, size)
@@ -135,82 +162,14 @@ class _Plan:
             self._add(part, size)
         return self._add(step.projection, size)
 
-    def _add_convolution(self, conv: Convolution, size: tuple[int, int]) -> tuple[int, int]:
+    def _add_convolution(self, conv: Convolution, size: Size) -> Size:
         least_tiles = LEAST_TILES[conv.weight.dtype]
-        fast = _takes_winograd(conv) and _tiles(size) >= least_tiles
+        fast = takes_winograd(conv, size)
         self.numbers += [CONVOLUTION, *conv.stride, *conv.padding, least_tiles if fast else 0]
-        _, c, *kernel = conv.weight.shape
-        self.weights.append(
-            _packed(conv.weight, conv.padding, conv.stride, 1, (self._images, c, *size))
-        )
+        self.weights.append(self._packed.plain(conv, self._images, size))
         if fast:
-            weight = winograd_weight(conv.weight.float())
-            self.weights.append(_packed(weight, [0, 0], [1, 1], 36, (1, 36 * c, _CHUNK, 1)))
+            self.weights.append(self._packed.winograd(conv))
         self.biases.append(conv.bias)
+        kernel = conv.weight.shape[2:]
         h, w = (output_size(size[i], kernel[i], conv.stride[i], conv.padding[i]) for i in (0, 1))
         return h, w
-
-
-def _packed(
-    weight: Tensor, padding: list[int], stride: list[int], groups: int, input_size: Sequence[int]
-) -> Tensor:
-    return torch.ops.mkldnn._reorder_convolution_weight(
-        weight, padding, stride, [1, 1], groups, list(input_size)
-    )
-
-
-_CHUNK = 48  # tiles; one packing serves all chunks that frozen_convolution.cpp makes
-_VECTOR = 16  # channels; oneDNN is slow with groups of others
-
-# Tiles of an image. With fewer, the products wait for their weights, of which there are four times
-# as many as in a plain convolution, and eight times as many bytes as in one of bfloat16, which is
-# twice as fast besides.
-LEAST_TILES = {torch.float32: 4, torch.bfloat16: 32}
-
-
-def _tiles(size: tuple[int, int]) -> int:
-    """Tiles of 4x4 pixels that cover an image."""
-    return -(-size[0] // 4) * -(-size[1] // 4)
-
-
-def _has_bfloat16_tiles() -> bool:
-    """Whether bfloat16 is multiplied so fast (AMX) that a quarter of it in float32 is no gain."""
-    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-
-
-def _takes_winograd(conv: Convolution) -> bool:
-    """Below 32 channels the products are too small to be efficient."""
-    k, c, *kernel = conv.weight.shape
-    return (
-        (conv.weight.dtype == torch.float32 or not _has_bfloat16_tiles())
-        and kernel == [3, 3]
-        and conv.stride == [1, 1]
-        and conv.padding == [1, 1]
-        and c % _VECTOR == k % _VECTOR == 0
-        and min(c, k) >= 32
-    )
-
-
-def winograd_weight(weight: Tensor) -> Tensor:
-    """``G w G^T`` of each filter, for F(4x4, 3x3) with points 0, +-sqrt(1/2), +-sqrt(2), infinity.
-
-    Args:
-        weight: ``[K, C, 3, 3]``.
-
-    Returns:
-        ``[36 * K, C, 1, 1]`` of the same dtype, position by position: see ``csrc/cpu/winograd.h``.
-    """
-    a, b = 0.5**0.5, 2**0.5
-    g = torch.tensor(  # [6, 3]
-        [
-            [1, 0, 0],
-            *([[-2 / 3, sign * a * -2 / 3, -1 / 3] for sign in (1, -1)]),
-            *([[1 / 6, sign * b / 6, 1 / 3] for sign in (1, -1)]),
-            [0, 0, 1],
-        ],
-        dtype=torch.float64,
-        device=weight.device,
-    )
-    k, c, *_ = weight.shape
-    products = torch.kron(g, g) @ weight.double().reshape(k * c, 9).T  # [36, K * C]
-    return products.to(weight.dtype).reshape(36 * k, c, 1, 1)

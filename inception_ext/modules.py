@@ -57,18 +57,21 @@ class BasicConv2d(nn.Module):
 
 
 def _basic_conv2d(block: BasicConv2d, x: Tensor) -> Tensor:
-    settings = _chain_settings([block], None, x)
-    if settings is not None:
-        return functional.conv_chain(x, *settings)
-    conv = block.conv
+    conv: Any = block.conv
+    bn = block.bn
+    if why_reference(x) is not None:  # not for the CPU's kernels
+        settings = _chain_settings([block], None, x)
+        if settings is not None:
+            return functional.conv_chain(x, *settings)
+        return batch_norm_relu(bn, conv(x))
     if (
-        why_reference(x) is None  # first: FX would record that the weight is read
-        and why_module_reference(conv, nn.Conv2d) is None
+        why_module_reference(conv, nn.Conv2d) is None
+        and conv.kernel_size == (3, 3)
         and _is_plain(conv)
-        and why_conv3x3_reference(x, conv.weight) is None
+        and why_conv3x3_reference(x, conv._parameters["weight"]) is None
     ):
-        return batch_norm_relu(block.bn, functional.conv3x3(x, conv.weight))
-    return batch_norm_relu(block.bn, conv(x))
+        return batch_norm_relu(bn, functional.conv3x3(x, conv._parameters["weight"]))
+    return batch_norm_relu(bn, conv(x))
 
 
 def conv_chain(blocks: list[Any], pool: Any, x: Tensor) -> Tensor:
@@ -211,11 +214,11 @@ class Inception(nn.Module):
 def _inception(block: Inception, x: Tensor) -> Tensor:
     if why_no_kernel(x) is not None or why_block_reference(block) is not None:
         return _other_inception(block, x)
-    blocks = _conv_blocks(block)
-    batch = start_batch([conv_block.bn for conv_block in blocks])
+    convs, bns = _convs_and_bns(block)
+    batch = start_batch(bns)
     if batch is None:
         return torch.cat(block._forward(x), 1)
-    conv_weights = [conv_block.conv.weight for conv_block in blocks]
+    conv_weights = [conv._parameters["weight"] for conv in convs]
     return functional.inception(x, conv_weights, *batch.vectors, *batch.settings)
 
 
@@ -227,21 +230,39 @@ def _other_inception(block: Inception, x: Tensor) -> Tensor:
     return torch.cat(block._forward(x), 1) if y is None else y
 
 
+# Below, children and parameters are read from the tables of their modules: an attribute that
+# nn.Module has to look up there costs ten times as much, and there are 70 of them a call. A child
+# that is no module is not in the table, and the reason against the kernels is that it is None.
+
+
 def _conv_blocks(block: Inception) -> list[Any]:
     """The six convolution blocks, in the order of :func:`inception_ext.functional.inception`."""
-    return [block.branch1, *block.branch2, *block.branch3, block.branch4[1]]
+    children = block._modules
+    branch2, branch3, branch4 = (
+        children[name]._modules.values()  # type: ignore[union-attr]
+        for name in ("branch2", "branch3", "branch4")
+    )
+    return [children.get("branch1"), *branch2, *branch3, *list(branch4)[1:]]
+
+
+def _convs_and_bns(block: Inception) -> tuple[list[Any], list[Any]]:
+    """Of blocks that are :class:`BasicConv2d`."""
+    tables = [conv_block._modules for conv_block in _conv_blocks(block)]
+    return [table.get("conv") for table in tables], [table.get("bn") for table in tables]
 
 
 def why_branches_reference(block: Inception) -> str | None:
     """Why an Inception module is not four branches with a pool and six convolution blocks."""
     if type(block)._forward is not Inception._forward or "_forward" in block.__dict__:
         return f"{type(block).__name__} has its own _forward"
-    for sequence in (block.branch2, block.branch3, block.branch4):
+    children = block._modules
+    for name in ("branch2", "branch3", "branch4"):
+        sequence: Any = children.get(name)
         if (reason := why_module_reference(sequence, nn.Sequential)) is not None:
             return reason
-        if len(sequence) != 2:
-            return f"a branch of {len(sequence)} modules, not 2"
-    pool: Any = block.branch4[0]
+        if len(sequence._modules) != 2:
+            return f"a branch of {len(sequence._modules)} modules, not 2"
+    pool = next(iter(sequence._modules.values()))
     if (reason := why_module_reference(pool, nn.MaxPool2d)) is not None:
         return reason
     if (pool.kernel_size, pool.stride, pool.padding, pool.dilation) != (3, 1, 1, 1):
@@ -255,31 +276,29 @@ def why_block_reference(block: Inception) -> str | None:
     """Why an Inception module does not run as one op, or None."""
     if (reason := why_branches_reference(block)) is not None:
         return reason
-    first = None
-    bns = set()
     for conv_block in _conv_blocks(block):
         if (reason := _why_conv_block_reference(conv_block)) is not None:
             return reason
-        conv, bn = conv_block.conv, conv_block.bn
+    convs, bns = _convs_and_bns(block)
+    for conv in convs:
         if (reason := why_module_reference(conv, nn.Conv2d)) is not None:
             return reason
         if not _is_plain(conv):
             return "a convolution with bias, stride, dilation, groups or unusual padding"
+    for bn in bns:
         if (reason := why_batch_norm_reference(bn)) is not None:
             return reason
-        kind = batch_norm_kind(bn)
-        first = kind if first is None else first
-        if kind != first:
-            return "batch norms that differ in training, momentum, eps, statistics or group"
-        bns.add(bn)
-    if len(bns) != 6:
+    kinds = [batch_norm_kind(bn) for bn in bns]
+    if any(kind != kinds[0] for kind in kinds):
+        return "batch norms that differ in training, momentum, eps, statistics or group"
+    if len(set(bns)) != 6:
         return "a batch norm that is part of two branches"
     return None
 
 
 def _is_plain(conv: Any) -> bool:
     """Whether all that matters of a convolution is its weight."""
-    return conv.bias is None and has_square_window(conv) and keeps_size(conv)
+    return conv._parameters["bias"] is None and has_square_window(conv) and keeps_size(conv)
 
 
 class InceptionAux(nn.Module):

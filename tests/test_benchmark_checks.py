@@ -101,6 +101,57 @@ def test_a_head_that_weighs_too_much(load, status, monkeypatch):
     assert status(wrong) == ["wrong"] * len(SEEDS)
 
 
+@pytest.fixture(scope="module")
+def stems(load):
+    weights = load("workload").seeded_weights(heads=False)
+    return [load("module_work").decided_stem(weights, seed=seed) for seed in SEEDS]
+
+
+@pytest.fixture
+def judged_stems(load, stems):
+    """Status of ``ours`` with a stem's results changed by ``change(results)``, by seed."""
+    scenario, parts = load("scenario"), load("module_work")
+
+    def judged(change, **how):
+        def ours(work, dtype):
+            call = parts.TRAINING["ours"](work, dtype)
+            return lambda i: change(call(i))
+
+        baseline = load("peers").BASELINE
+        factories = {"ours": ours, baseline: parts.TRAINING[baseline]}
+        device = load("devices").Host()
+        found = [
+            scenario.run("training stem", factories, work, "fp32", device=device, rounds=1, **how)
+            for work in stems
+        ]
+        return [result["contestants"][0]["status"] for result in found]
+
+    return judged
+
+
+def scaled(index, by):
+    def change(results):
+        results[index] = results[index] * by
+        return results
+
+    return change
+
+
+def test_right_gradients_of_the_stem(judged_stems):
+    assert judged_stems(lambda results: results) == ["ok"] * len(SEEDS)
+
+
+@pytest.mark.parametrize("index", range(11))  # y, dx, and three convolutions with batch norm
+def test_results_of_the_stem_that_are_wrong_by_a_thousandth(judged_stems, index):
+    assert judged_stems(scaled(index, 1.001)) == ["wrong"] * len(SEEDS)
+
+
+@pytest.mark.parametrize("index", range(11))
+def test_gross_mistakes_are_found_where_chance_decides(judged_stems, index):
+    assert judged_stems(scaled(index, 1.04), by_chance=True) == ["ok"] * len(SEEDS)
+    assert judged_stems(scaled(index, 1.06), by_chance=True) == ["wrong"] * len(SEEDS)
+
+
 def test_settled_shifts_decide_every_relu(load):
     torch.manual_seed(0)
     network = nn.Sequential(

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from inception_ext import _frozen, _frozen_cpu
-from inception_ext._frozen_cpu import LEAST_TILES, winograd_weight
+from inception_ext import _frozen, _frozen_cpu, _packing
+from inception_ext._packing import LEAST_TILES, winograd_weight
 from inception_ext._plan import CONVOLUTION, INCEPTION, POOL
 
 ops = torch.ops.inception_ext
@@ -219,23 +219,85 @@ def test_winograd_weights_are_packed_for_images_that_use_them(dtype):
     large = randn(2, C, 4, 4 * least_tiles, seed=2, dtype=dtype)
     if not _frozen.has_fused_convolution(small):
         pytest.skip(f"no fused convolution of {dtype} on this CPU and torch")
-    if dtype == torch.bfloat16 and _frozen_cpu._has_bfloat16_tiles():
+    if dtype == torch.bfloat16 and _packing._has_bfloat16_tiles():
         pytest.skip("this CPU has AMX: bfloat16 does not go by Winograd")
     step = _frozen.Convolution(*convolution(K[1], C, 3, seed=0), (1, 1), (1, 1), dtype)
 
     def chain() -> _frozen_cpu._Chain:
         return _frozen_cpu._Chain([step], fused=True)
 
-    def packed(chain: _frozen_cpu._Chain) -> int:
-        assert chain._plan is not None
-        return len(chain._plan.weights)
+    def packed(chain: _frozen_cpu._Chain, x: torch.Tensor) -> int:
+        return len(chain.plans.find(x, 2).weights)
 
     one = chain()
     y = one(small, 2)
-    assert packed(one) == 1
+    assert packed(one, small) == 1
     of_large = one(large, 2)
-    assert packed(one) == 2
-    assert torch.equal(one(small, 2), y) and packed(one) == 2
+    assert packed(one, large) == 2
+    assert torch.equal(one(small, 2), y) and packed(one, small) == 1
     another = chain()
-    assert torch.equal(another(large, 2), of_large) and packed(another) == 2
+    assert torch.equal(another(large, 2), of_large) and packed(another, large) == 2
     assert torch.equal(another(small, 2), y)
+
+
+def plans_of(step) -> _frozen_cpu._Plans:
+    return _frozen_cpu._Chain([step], fused=True).plans
+
+
+def images(h, w):
+    return torch.empty(1, C, h, w)
+
+
+@pytest.fixture
+def step():
+    return _frozen.Convolution(*convolution(K[1], C, 3, seed=0), (1, 1), (1, 1), torch.float32)
+
+
+def test_a_size_has_a_plan_of_its_own_when_it_comes_again(step):
+    plans = plans_of(step)
+    large = plans.find(images(40, 40), 1)
+    larger = plans.find(images(50, 60), 1)  # nothing to borrow from
+    assert larger is not large
+    assert plans.find(images(30, 30), 1) is large  # of both that hold it, the smaller one
+    assert plans.find(images(30, 50), 1) is larger
+    own = plans.find(images(30, 30), 1)
+    assert own not in (large, larger)
+    assert plans.find(images(30, 30), 1) is own
+    assert plans.find(images(20, 20), 1) is own
+    assert plans.find(images(40, 40), 1) is large
+
+
+def test_so_many_sizes_that_plans_are_forgotten(step, monkeypatch):
+    monkeypatch.setattr(_frozen_cpu, "_MOST_SIZES", 4)
+    plans = plans_of(step)
+    for side in range(40, 20, -1):
+        for _ in range(2):
+            assert plans.find(images(side, side), 1) is not None
+        assert len(plans._by_size) <= 4
+
+
+def test_weights_of_one_layout_are_held_once():
+    """Where the packed bytes are equal; small images may want another layout."""
+    step = _frozen.Convolution(*convolution(480, 832, 1, seed=0), (1, 1), (0, 0), torch.float32)
+    plans = plans_of(step)
+    weights = []
+    for side in (28, 14, 27, 7, 2, 1):
+        x = torch.empty(1, 832, side, side)
+        plans.find(x, 1)
+        weights += plans.find(x, 1).weights
+    held = plans._weights._plain[step]
+    assert {id(w) for w in weights} == {id(w) for w in held}
+    assert len(held) < len(weights)
+    for i, one in enumerate(held):
+        assert not any(_packing._same_bytes(one, other) for other in held[:i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_results_do_not_depend_on_sizes_that_came_before(dtype):
+    """Not in a bit: weights in a layout for other images are brought to the one that is wanted."""
+    step = _frozen.Convolution(*convolution(K[1], C, 3, seed=0), (1, 1), (1, 1), dtype)
+    xs = [randn(2, C, side, side, seed=side, dtype=dtype) for side in (5, 12, 40)]
+    want = [_frozen_cpu._Chain([step], fused=True)(x, 2) for x in xs]
+    chain = _frozen_cpu._Chain([step], fused=True)
+    for x, y in [*zip(xs, want, strict=True)][::-1] * 2:
+        assert torch.equal(chain(x, 2), y)

@@ -212,6 +212,17 @@ def share_a_batch_norm(block: Inception) -> None:
     block.branch2[0].bn = block.branch1.bn
 
 
+def with_function(parent: str, name: str) -> Callable[[Inception], None]:
+    """A function in place of a module: nn.Module does not list it among its children."""
+
+    def change(block: Inception) -> None:
+        module = block.get_submodule(parent)
+        delattr(module, name)
+        setattr(module, name, lambda x: x[:, :8].sigmoid())
+
+    return change
+
+
 REBUILT: dict[str, Callable[[Inception], object]] = {
     "parametrized convolution": lambda b: parametrize.register_parametrization(
         b.branch3[1].conv, "weight", Halved()
@@ -229,6 +240,9 @@ REBUILT: dict[str, Callable[[Inception], object]] = {
     "another block": replace("branch1", lambda: nn.Conv2d(16, 8, 1)),
     "another norm": replace("branch2.1.bn", lambda: nn.GroupNorm(2, 12)),
     "no norm": replace("branch2.1.bn", nn.Identity),
+    "a function for a norm": with_function("branch1", "bn"),
+    "a function for a convolution": with_function("branch4.1", "conv"),
+    "a function for a block": with_function("", "branch1"),
     "another pool": replace("branch4.0", lambda: nn.AvgPool2d(3, 1, 1)),
     "a longer branch": lambda b: b.branch3.append(nn.Dropout(0.0)),
     "a pool of another kernel": replace("branch4.0", lambda: nn.MaxPool2d(5, 1, 2)),
