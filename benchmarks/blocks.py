@@ -164,6 +164,39 @@ def growth() -> str:
     return "\n".join(text)
 
 
+def parts() -> str:
+    """The stem and the nine modules on a CPU, forward, and forward and backward in training."""
+    result = results.load(results.FOLDER / "parts-2-cores.json")
+    forward = [s for s in result["scenarios"] if s["name"] == s["kind"].removeprefix("inception")]
+    rows = []
+    for scenario in forward:
+        (training,) = results.scenarios(result, kind=f"training {scenario['kind']}")
+        by_name = {row["name"]: row for row in scenario["contestants"]}
+        trained = {row["name"]: row for row in training["contestants"]}
+        rows.append(
+            (
+                scenario["kind"],
+                *(_cell(by_name[name], scenario) for name in _FORWARD),
+                markdown.ms(scenario["floor_ms_per_image"]),
+                *(_cell(trained[name], training) for name in _TRAINING),
+                " / ".join(f"{trained[name]['saved_mb_per_image']:.1f}" for name in _TRAINING),
+            )
+        )
+    about = f"{forward[0]['dtype']}, batch {forward[0]['batch']}"
+    header = [
+        f"ms an image, {about}",
+        *(f"{_TITLES[name]}, forward" for name in _FORWARD),
+        "floor",
+        *(f"{_TITLES[name]}, forward + backward" for name in _TRAINING),
+        "MB saved an image: ours / eager / compile",
+    ]
+    return f"{markdown.about(result)}\n\n{markdown.table(header, rows)}"
+
+
+_FORWARD = ("ours freeze", "ours eval", "eager channels_last", "compile")
+_TRAINING = ("ours", "eager channels_last", "compile")
+
+
 def counters() -> str:
     """What the emulator has counted, beside the floors of the same schedule."""
     rows = []
@@ -188,6 +221,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "h100-floors": h100,
     "training-floors": training_floors,
     "overhead": overhead,
+    "parts": parts,
     "growth": growth,
     "counters": counters,
     "training-counters": training_counters,

@@ -82,6 +82,12 @@ def make_pair(
 
 
 @pytest.fixture
+def trio(make_pair: Callable[..., tuple[nn.Module, nn.Module]]) -> tuple[nn.Module, ...]:
+    """(ours, torchvision's, torchvision's in float64)."""
+    return (*make_pair(), make_pair(torch.float64)[1])
+
+
+@pytest.fixture
 def hub_dir(tmp_path, monkeypatch) -> Iterator[str]:
     """An empty directory in the place of torch.hub's checkpoint cache."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))

@@ -6,9 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import training_kernels as kernels
-from closeness import assert_as_good_as_eager
-from emulator_build import COMPILER, HEADERS
-from test_batch_norm_kernels import (
+from batch_norm_cases import (
     Norm,
     apply,
     backward,
@@ -19,6 +17,8 @@ from test_batch_norm_kernels import (
     keep_clear_of_zero,
     vectors,
 )
+from closeness import assert_as_good_as_eager
+from emulator_build import COMPILER, HEADERS
 from torch import Tensor
 from training_kernels import DTYPE_CODE, INVALID_VALUE, Tensors, emulator, require_success
 
