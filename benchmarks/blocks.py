@@ -199,11 +199,9 @@ _TRAINING = ("ours", "eager channels_last", "compile")
 
 def counters() -> str:
     """What the emulator has counted, beside the floors of the same schedule."""
-    rows = []
-    for path in sorted(results.FOLDER.glob("counters*.json")):
-        found = counts.read(path)
-        if found is not None:
-            rows.append(counts.row(found))
+    files = [counts.read(path) for path in sorted(results.FOLDER.glob("counters*.json"))]
+    found = sorted((f for f in files if f is not None), key=lambda f: (f["dtype"], f["batch"]))
+    rows = [counts.row(f) for f in found]
     return markdown.table(counts.HEADER, rows) if rows else "Not counted yet."
 
 

@@ -5,6 +5,7 @@ and the rest by our kernels. 3x3 convolutions go by Winograd's F(4x4, 3x3), whos
 products are oneDNN's as well, in float32: a quarter of the multiplications.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,55 +96,60 @@ def _window(pool: Any) -> list[int] | None:
     return [*kernel, *stride, *padding]
 
 
-_MOST_SIZES = 1024
+_MOST_SHAPES = 1024
+_lock = threading.Lock()  # of all plans; within an engine it would keep that from being copied
+
+_Shape = tuple[int, int, int]  # images, height, width
 
 
 class _Plans:
-    """A chain's plans by the size of its images.
+    """A chain's plans by the shape of its slices.
 
     oneDNN wants weights in another layout for small images than for large ones, and rearranges them
     in every call, by its slowest code, where they come in the wrong one. Yet making a plan takes as
-    long as some images, so a size that comes for the first time borrows the plan of a larger one:
-    where all images differ in size, that is all it costs.
+    long as some images, so a shape that comes for the first time borrows the plan of larger images.
     """
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self._steps = steps
         self._weights = Weights()
-        self._by_size: dict[Size, _Plan | None] = {}  # None: came once, and borrowed
+        self._by_shape: dict[_Shape, _Plan | None] = {}  # None: came once, and borrowed
 
     def find(self, x: Tensor, images: int) -> "_Plan":
         """The plan for x, which goes through in slices of at most so many images."""
-        size = (x.shape[2], x.shape[3])
-        is_new = size not in self._by_size
-        plan = self._larger(size) if is_new else self._by_size[size]
-        if is_new and plan is not None:
-            if len(self._by_size) >= _MOST_SIZES:
-                self._by_size = {}
-            self._by_size[size] = None
-        if plan is None:
-            images = min(images, max(1, x.shape[0] // torch.get_num_threads()))
-            self._by_size[size] = plan = _Plan(self._steps, size, images, self._weights)
-        return plan
+        images = min(images, max(1, x.shape[0] // torch.get_num_threads()))
+        shape = (images, x.shape[2], x.shape[3])
+        with _lock:
+            is_new = shape not in self._by_shape
+            plan = self._larger(*shape[1:]) if is_new else self._by_shape[shape]
+            if is_new and len(self._by_shape) >= _MOST_SHAPES:
+                self._by_shape = {}
+            if is_new and plan is not None:
+                self._by_shape[shape] = None
+            if plan is None:
+                self._by_shape[shape] = plan = _Plan(self._steps, shape, self._weights)
+            return plan
 
-    def _larger(self, size: Size) -> "_Plan | None":
-        """Of the least size that holds this one: it has all of Winograd's weights that are read."""
+    def _larger(self, height: int, width: int) -> "_Plan | None":
+        """Of the least images that hold these: it has all of Winograd's weights that are read."""
         found = [
             (h * w, plan)
-            for (h, w), plan in list(self._by_size.items())
-            if plan is not None and h >= size[0] and w >= size[1]
+            for (_, h, w), plan in self._by_shape.items()
+            if plan is not None and h >= height and w >= width
         ]
         return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
 class _Plan:
-    """The arguments of the op for some steps and images of one size."""
+    """The arguments of the op for some steps and slices of one shape."""
 
-    def __init__(self, steps: Sequence[Step], size: Size, images: int, weights: Weights) -> None:
+    def __init__(self, steps: Sequence[Step], shape: _Shape, weights: Weights) -> None:
         self.numbers: list[int] = []
         self.weights: list[Tensor] = []
         self.biases: list[Tensor] = []
-        self._images, self._packed = images, weights
+        self._images, *sides = shape
+        self._packed = weights
+        size: Size = (sides[0], sides[1])
         with torch.no_grad():
             for step in steps:
                 size = self._add(step, size)

@@ -22,7 +22,7 @@ LEAST_TILES = {torch.float32: 10, torch.bfloat16: 32}
 
 
 class Weights:
-    """Packed weights of convolutions, each layout held once."""
+    """Packed weights of convolutions, each layout held once; for one thread at a time."""
 
     def __init__(self) -> None:
         self._plain: dict[Convolution, list[Tensor]] = {}
@@ -33,8 +33,8 @@ class Weights:
         shape = (images, conv.weight.shape[1], *size)
         packed = _packed(conv.weight, conv.padding, conv.stride, 1, shape)
         held = self._plain.setdefault(conv, [])
-        for other in list(held):
-            if _same_bytes(packed, other):
+        for other in held:
+            if _same_layout(packed, other):
                 return other
         held.append(packed)
         return packed
@@ -47,11 +47,14 @@ class Weights:
         return self._winograd[conv]
 
 
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Whether two packings of one weight are in one layout; False where torch does not tell."""
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two packings of one weight hold it in one order.
+
+    Also where torch does not tell: any layout is right, and one of each size would be too many.
+    """
     ops = torch.ops.mkldnn
     if not (hasattr(ops, "_nbytes") and hasattr(ops, "data_ptr")):
-        return False
+        return True
 
     def memory(packed: Tensor) -> Tensor:
         buffer = (ctypes.c_uint8 * ops._nbytes(packed)).from_address(ops.data_ptr(packed))

@@ -1,4 +1,4 @@
-"""Frozen inference: batch norms folded, 1x1 convolutions merged, weights packed once.
+"""Frozen inference: batch norms folded, 1x1 convolutions merged, weights packed.
 
 :func:`freeze` reads a GoogLeNet (ours, torchvision's, or the paper's) into a list of steps. A
 step that it knows (convolution + batch norm + ReLU, an Inception module, a pool) runs fused; a

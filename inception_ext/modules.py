@@ -284,7 +284,10 @@ def why_block_reference(block: Inception) -> str | None:
         if (reason := why_module_reference(conv, nn.Conv2d)) is not None:
             return reason
         if not _is_plain(conv):
-            return "a convolution with bias, stride, dilation, groups or unusual padding"
+            return (
+                "a convolution with bias, stride, dilation, groups or unusual padding, or whose "
+                "weight is no parameter"
+            )
     for bn in bns:
         if (reason := why_batch_norm_reference(bn)) is not None:
             return reason
@@ -297,8 +300,14 @@ def why_block_reference(block: Inception) -> str | None:
 
 
 def _is_plain(conv: Any) -> bool:
-    """Whether all that matters of a convolution is its weight."""
-    return conv._parameters["bias"] is None and has_square_window(conv) and keeps_size(conv)
+    """Whether all that matters of a convolution is its weight, and that is a parameter."""
+    parameters = conv._parameters
+    return (
+        parameters.get("weight") is not None
+        and parameters.get("bias", conv) is None  # a bias that is no parameter is not there
+        and has_square_window(conv)
+        and keeps_size(conv)
+    )
 
 
 class InceptionAux(nn.Module):

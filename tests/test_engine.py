@@ -257,12 +257,17 @@ def test_repeats_bit_for_bit(models):
 
 
 @each_dtype
-def test_weights_packed_for_one_shape_fit_all(models, dtype):
-    x = images(2, 64, 64)
+def test_sizes_one_after_another(models, dtype):
     engine = freeze(models["ours"], dtype)
-    engine(images(1, 15, 15))
-    engine(images(3, 33, 47))
-    assert_as_good_as_the_model(engine, models["ours"], normalised(x), x)
+    for size in ((15, 15), (64, 64), (33, 47), (64, 64), (33, 47)):
+        x = images(2, *size)
+        assert_as_good_as_the_model(engine, models["ours"], normalised(x), x)
+
+
+def test_a_copy_of_an_engine_that_has_run(models):
+    engine = freeze(models["ours"])
+    x = images(2, 33, 47)
+    assert torch.equal(copy.deepcopy(engine)(x), engine(x))
 
 
 @pytest.mark.parametrize("hooked", [False, True])
