@@ -119,18 +119,25 @@ class FusedNetwork:
         """How many of the modules before the head are fused, and of how many."""
         return self._fused, self._total
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether kernels stand for all modules, and none is called."""
+        return len(self._parts) == 1 and isinstance(self._parts[0], _Segment)
+
     def name_launches(self, images: Images) -> list[str]:
         """The modules that each launch stands for, in order; no module is called.
 
         Raises:
             ValueError: a module is not fused.
         """
-        if len(self._parts) != 1 or not isinstance(self._parts[0], _Segment):
+        if not self.is_whole:
             raise ValueError("a network with modules that no kernel stands for")
         recorder = Recorder(images.pixels, self.dtype, Exact.by_torch(self.dtype), None)
         x: Any = images._replace(pixels=images.pixels.to("meta"))
         names: list[str] = []
-        for name, step in self._parts[0]:
+        (segment,) = self._parts
+        assert isinstance(segment, _Segment)
+        for name, step in segment:
             x = step(recorder, x)
             names += [name] * (len(recorder.launches) - len(names))
         return names

@@ -1,9 +1,10 @@
 """Notices when a model's weights, statistics or submodules change."""
 
-import operator
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 __all__ = ["Watch"]
@@ -14,23 +15,31 @@ _SETTINGS = (
     *("ceil_mode", "return_indices", "output_size", "size", "alpha", "beta", "k"),
 )
 
+_version = attrgetter("_version")
+
 
 class Watch:
-    """Notices when anything that the weights were read from changes."""
+    """Notices when anything that the weights were read from changes.
+
+    Every call of an engine looks, so all loops are the interpreter's own: some 1500 things in the
+    time of a few launches. Nor does anything run in between that could change a table.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        entries: list[tuple[dict[Any, Any], str, Any]] = []
+        tables: list[dict[Any, Any]] = []
         self._sized: list[dict[Any, Any]] = []
+        self._settings: list[tuple[itemgetter[Any], dict[Any, Any]]] = []
         for module in model.modules():
-            tables: list[dict[Any, Any]] = [module._parameters, module._buffers, module._modules]
-            for table in tables:
-                entries.extend((table, name, value) for name, value in table.items())
             attributes = module.__dict__
-            entries.extend((attributes, k, attributes[k]) for k in _SETTINGS if k in attributes)
-            # By their number: new children, hooks, and a forward() patched onto the object.
-            hooks = (module._forward_hooks, module._forward_pre_hooks)
-            self._sized.extend((*tables, *hooks, attributes))
-        self._tables, self._names, self._values = zip(*entries, strict=True)
+            tables += (module._parameters, module._buffers, module._modules)
+            # By their number: hooks, and a forward() patched onto the object.
+            self._sized += (module._forward_hooks, module._forward_pre_hooks, attributes)
+            names = [name for name in _SETTINGS if name in attributes]
+            if names:
+                self._settings.append((itemgetter(*names), attributes))
+        # What comes into an empty table is read by nobody: forward() would have to change as well.
+        self._views = [table.values() for table in tables if table]
+        self._values = list(chain.from_iterable(self._views))
         # The counts of batches too: torch does not count what training does to running statistics.
         self._tensors = [*model.parameters(), *model.buffers()]
         self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
@@ -40,12 +49,20 @@ class Watch:
 
     def _read(self) -> tuple[Any, ...]:
         return (
-            [tensor._version for tensor in self._counted],
-            [tensor.data_ptr() for tensor in self._tensors],
-            [len(table) for table in self._sized],
+            list(map(_version, self._counted)),
+            list(map(Tensor.data_ptr, self._tensors)),
+            list(map(len, self._sized)),
+            [read(attributes) for read, attributes in self._settings],
             bool(_has_any_global_hook()),
         )
 
     def changed(self) -> bool:
-        values = map(dict.get, self._tables, self._names)
-        return self._read() != self._state or not all(map(operator.is_, values, self._values))
+        values = chain.from_iterable(self._views)
+        if sum(map(len, self._views)) != len(self._values):
+            return True
+        if not all(map(is_, values, self._values)):
+            return True
+        try:
+            return self._read() != self._state
+        except KeyError:  # a setting is gone
+            return True

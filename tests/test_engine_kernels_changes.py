@@ -18,6 +18,8 @@ from kernel_devices import each_device
 from torch import Tensor, nn
 
 import inception_ext
+from inception_ext._watch import Watch
+from inception_ext.engine import Engine
 from inception_ext.modules import BasicConv2d, Inception
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -179,3 +181,43 @@ def test_a_change_is_noticed(models, device, name):
     after = engine(x)
     assert_logits_as_good_as_the_models(after, copy.deepcopy(engine.model).cpu(), x)
     assert before.shape != after.shape or not torch.equal(before, after)
+
+
+@each_device
+def test_the_kernels_run_while_the_model_is_looked_at(models, device, monkeypatch):
+    """But where a module of the model is called, which must not happen twice, the look is first."""
+    order: list[str] = []
+
+    def note(owner: type, method: str, name: str) -> None:
+        original = getattr(owner, method)
+
+        def noted(*args: Any) -> Any:
+            order.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(owner, method, noted)
+
+    def taken() -> list[str]:
+        result = order.copy()
+        order.clear()
+        return result
+
+    engine = OnCPU(models["ours"], torch.float16, device)
+    note(Engine, "_run", "run")
+    note(Watch, "changed", "look")
+    x = normalised(images(1, 33, 33))
+    before = engine(x)
+    assert taken() == ["run", "look"]
+    with pytest.raises(ValueError, match="images"):
+        engine(x[0])
+    assert taken() == ["run", "look"]
+    with torch.no_grad():
+        engine.model.fc.bias.add_(1.0)
+    assert torch.allclose(engine(x), before + 1.0, atol=1e-2)
+    assert taken() == ["run", "look", "run"]
+    seen: list[str] = []
+    engine.model.inception4c.register_forward_hook(lambda *_: seen.append("hook"))
+    for calls in (1, 2):
+        engine(x)
+        assert taken() == (["run", "look", "run"] if calls == 1 else ["look", "run"])
+        assert len(seen) == calls
