@@ -38,8 +38,8 @@ class Watch:
             if names:
                 self._settings.append((itemgetter(*names), attributes))
         # What comes into an empty table is read by nobody: forward() would have to change as well.
-        self._views = [table.values() for table in tables if table]
-        self._values = list(chain.from_iterable(self._views))
+        self._tables = [table for table in tables if table]
+        self._values = list(chain.from_iterable(map(dict.values, self._tables)))
         # The counts of batches too: torch does not count what training does to running statistics.
         self._tensors = [*model.parameters(), *model.buffers()]
         self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
@@ -57,9 +57,9 @@ class Watch:
         )
 
     def changed(self) -> bool:
-        values = chain.from_iterable(self._views)
-        if sum(map(len, self._views)) != len(self._values):
+        if sum(map(len, self._tables)) != len(self._values):
             return True
+        values = chain.from_iterable(map(dict.values, self._tables))
         if not all(map(is_, values, self._values)):
             return True
         try:
