@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from inception_ext import _library
 from inception_ext._process_group import ALONE, Group
-from inception_ext._tracing import constant_while_tracing
+from inception_ext._tracing import constant_while_tracing, is_exporting
 from inception_ext._windows import output_size, pair
 
 __all__ = [
@@ -77,7 +77,7 @@ def why_reference(x: Tensor) -> str | None:
         return f"input is a {type(x).__name__}, not a plain Tensor"
     if _has_any_global_hook():
         return "a hook on all modules"
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "torch.export"
     if (reason := why_transformed()) is not None:
         return reason

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["constant_while_tracing"]
+import torch
+
+__all__ = ["constant_while_tracing", "is_exporting"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -16,3 +18,9 @@ def constant_while_tracing(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@constant_while_tracing  # torch 2.11's compiler puts True in its place, exporting or not
+def is_exporting() -> bool:
+    """``torch.compiler.is_exporting()``."""
+    return torch.compiler.is_exporting()

@@ -23,6 +23,7 @@ from inception_ext._fuse import has_two_launches
 from inception_ext._images import Images, check_images
 from inception_ext._profiling import region
 from inception_ext._steps import FoldedInception
+from inception_ext._tracing import is_exporting
 from inception_ext._watch import Watch
 
 __all__ = ["Engine", "fold_inception", "freeze"]
@@ -187,7 +188,7 @@ class Engine:
         assert self._watch is not None
         if torch.compiler.is_compiling():
             fc = self.model.fc
-            if not torch.compiler.is_exporting() and type(fc) is nn.Linear:
+            if not is_exporting() and type(fc) is nn.Linear:
                 dtype = self._asked_dtype or fc.weight.dtype
                 return call_engine(images, self._number, fc.out_features, dtype)
             return self._run(images)
