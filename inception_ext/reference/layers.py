@@ -68,8 +68,12 @@ def batch_norm_relu(
     vectors = (running_mean, running_var, weight, bias)
     if training and group.size > 1:
         y = _process_group.batch_norm(x, weight, bias, *vectors[:2], momentum, eps, group)
-    else:
+    elif training:
         y = F.batch_norm(x, *vectors, training, momentum, eps)
+    else:  # F.batch_norm of torch 2.11 refuses eps 0, for variances that include it
+        y = torch.batch_norm(
+            x, weight, bias, *vectors[:2], False, momentum, eps, torch.backends.cudnn.enabled
+        )
     return F.relu(y)
 
 
