@@ -17,8 +17,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Relative error that is always right, beside twice that of the baseline in the same dtype. On a
 # GPU torch rounds the factors of float32 convolutions to TF32, which has the bits of float16.
 NOISE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3, "tf32": 2e-3}
-# The same of training, in whose gradients large terms cancel: 7e-5 was seen, of peers.
-TRAINING_NOISE = 1e-4
 # What ReLUs and max pools that rounding decides may move a gradient by: 3e-2 is the most that was
 # seen of eager in float32. It tells gross mistakes only, see :mod:`decisions`.
 CHANCE = 5e-2
@@ -68,8 +66,8 @@ def run(
     """
     batch = len(work.images[0])
     noise = NOISE["tf32" if dtype == "fp32" and device.type == "cuda" else dtype]
-    if kind.startswith("training"):
-        noise = max(noise, CHANCE if by_chance else TRAINING_NOISE)
+    if by_chance:
+        noise = max(noise, CHANCE)
 
     def announce(text: str) -> None:
         say(f"{kind} {dtype} batch {batch}: {text}")

@@ -47,6 +47,8 @@ def why_batch_norm_reference(bn: Any) -> str | None:
     given = [buffers.get(name) is not None for name in _STATISTICS]
     if not all(given) and (bn.track_running_stats or any(given)):
         return "BatchNorm2d without running statistics that it tracks"
+    if not all(name in buffers for name in _STATISTICS):
+        return "BatchNorm2d whose running statistics are no buffers"
     if bn.training and torch.compiler.is_compiling():
         if is_shared:
             return "SyncBatchNorm under torch.compile"

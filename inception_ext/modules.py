@@ -304,7 +304,8 @@ def _is_plain(conv: Any) -> bool:
     parameters = conv._parameters
     return (
         parameters.get("weight") is not None
-        and parameters.get("bias", conv) is None  # a bias that is no parameter is not there
+        and "bias" in parameters  # or it is something else, such as a plain tensor
+        and parameters["bias"] is None
         and has_square_window(conv)
         and keeps_size(conv)
     )

@@ -223,7 +223,46 @@ def with_function(parent: str, name: str) -> Callable[[Inception], None]:
     return change
 
 
+def as_plain_tensors(module: str, *names: str) -> Callable[[Inception], None]:
+    """Parameters or buffers as tensors that nn.Module does not list among its own."""
+
+    def change(block: Inception) -> None:
+        parent = block.get_submodule(module)
+        for name in names:
+            tensor = getattr(parent, name).detach()
+            delattr(parent, name)
+            setattr(parent, name, tensor)
+
+    return change
+
+
+def weight_as_buffer(block: Inception) -> None:
+    conv = block.branch2[1].conv
+    weight = conv.weight.detach()
+    del conv.weight
+    conv.register_buffer("weight", weight)
+
+
+def bias_as_plain_tensor(block: Inception) -> None:
+    conv = block.branch1.conv
+    del conv.bias
+    conv.bias = torch.ones(8)
+
+
+def untracked_statistics_as_plain_tensors(block: Inception) -> None:
+    as_plain_tensors("branch1.bn", "running_mean", "running_var", "num_batches_tracked")(block)
+    block.branch1.bn.track_running_stats = False
+
+
 REBUILT: dict[str, Callable[[Inception], object]] = {
+    "weight as a buffer": weight_as_buffer,
+    "weight as a plain tensor": as_plain_tensors("branch2.1.conv", "weight"),
+    "bias as a plain tensor": bias_as_plain_tensor,
+    "batch norm of plain tensors": as_plain_tensors("branch1.bn", "weight", "bias"),
+    "statistics as plain tensors": as_plain_tensors(
+        "branch1.bn", "running_mean", "running_var", "num_batches_tracked"
+    ),
+    "untracked statistics as plain tensors": untracked_statistics_as_plain_tensors,
     "parametrized convolution": lambda b: parametrize.register_parametrization(
         b.branch3[1].conv, "weight", Halved()
     ),
