@@ -61,8 +61,10 @@ def _closest(distances: list[float], pool: Any, args: tuple[Tensor]) -> None:
     """Notes how close a decision of the pool is; between zeros, the outcome of ReLUs, none is."""
     (x,) = args
     size, stride, padding = pool.kernel_size, pool.stride, pool.padding
+    p, q = F.max_pool2d(x, size, stride, padding, ceil_mode=pool.ceil_mode).shape[2:]
     more = padding + stride  # as many as ceil_mode may reach over
     x = F.pad(x, (padding, more, padding, more), value=-1.0)
+    x = x[:, :, : (p - 1) * stride + size, : (q - 1) * stride + size]  # no window but the pool's
     windows = F.unfold(x, size, stride=stride).unflatten(1, (x.shape[1], size * size))
     first, second = windows.topk(2, dim=2).values.unbind(2)
     apart = (first - second)[first > 0]

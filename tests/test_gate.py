@@ -256,13 +256,6 @@ def untracked_statistics_as_plain_tensors(block: Inception) -> None:
 
 REBUILT: dict[str, Callable[[Inception], object]] = {
     "weight as a buffer": weight_as_buffer,
-    "weight as a plain tensor": as_plain_tensors("branch2.1.conv", "weight"),
-    "bias as a plain tensor": bias_as_plain_tensor,
-    "batch norm of plain tensors": as_plain_tensors("branch1.bn", "weight", "bias"),
-    "statistics as plain tensors": as_plain_tensors(
-        "branch1.bn", "running_mean", "running_var", "num_batches_tracked"
-    ),
-    "untracked statistics as plain tensors": untracked_statistics_as_plain_tensors,
     "parametrized convolution": lambda b: parametrize.register_parametrization(
         b.branch3[1].conv, "weight", Halved()
     ),
@@ -304,6 +297,31 @@ REBUILT: dict[str, Callable[[Inception], object]] = {
     "no count of batches": set_attributes("branch1.bn", num_batches_tracked=None),
     "a shared batch norm": share_a_batch_norm,
 }
+
+
+PLAIN_TENSORS: dict[str, Callable[[Inception], None]] = {
+    "weight": as_plain_tensors("branch2.1.conv", "weight"),
+    "bias": bias_as_plain_tensor,
+    "batch norm": as_plain_tensors("branch1.bn", "weight", "bias"),
+    "statistics": as_plain_tensors(
+        "branch1.bn", "running_mean", "running_var", "num_batches_tracked"
+    ),
+    "untracked statistics": untracked_statistics_as_plain_tensors,
+}
+
+
+@each_mode
+@pytest.mark.parametrize("change", PLAIN_TENSORS)
+def test_plain_tensors_for_parameters(change, training):
+    """As networks have them that make their own weights; .double() does not reach these."""
+    block = make_block().train(training)
+    PLAIN_TENSORS[change](block)
+    plain = copy.deepcopy(block)
+    with CalledOps() as called:
+        y = block(X)
+    assert "inception_forward" not in called.names
+    with functional.use_kernels(False):
+        torch.testing.assert_close(y, plain(X))
 
 
 @pytest.mark.parametrize("change", REBUILT)
